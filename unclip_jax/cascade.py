@@ -1,0 +1,92 @@
+"""A loaded cascade: CLIP, prior, decoder and upsamplers that belong together, with the tokenizer that they share."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from unclip_jax.checkpoint.safetensors import Network, check_tree, load_network
+from unclip_jax.checkpoint.schema import CheckpointError
+from unclip_jax.config import ClipConfig, DecoderConfig, PriorConfig, UpsamplerConfig
+from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.stages import build
+
+SHIPPED = Path(__file__).parent / "weights"
+
+
+class Cascade(NamedTuple):
+    """The networks of one cascade.
+
+    words: what its captions were made of. sizes: sides of the pictures that it makes, in px. digest: identifies all
+    its weights together.
+    """
+
+    tokenizer: ClipTokenizer
+    clip: Network
+    prior: Network
+    decoder: Network
+    upsamplers: tuple[Network, ...]
+    words: tuple[str, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sides of the pictures that the stages end at, ascending, in px."""
+        return (self.decoder.config.network.size, *(network.config.network.size for network in self.upsamplers))  # type: ignore[union-attr]
+
+    @property
+    def digest(self) -> str:
+        """The networks' digests, joined."""
+        networks = (self.clip, self.prior, self.decoder, *self.upsamplers)
+        return "-".join(network.digest[:6] for network in networks)
+
+
+def tokenizer_from(clip: Network) -> ClipTokenizer:
+    """The tokenizer that a CLIP was trained with, from its file."""
+    kept = tuple(clip.extra.get("kept_ids", ()))
+    tokenizer = ClipTokenizer(clip.config.network.context_length, kept)  # type: ignore[union-attr]
+    if tokenizer.vocab_size != clip.config.network.vocab_size:  # type: ignore[union-attr]
+        raise CheckpointError(f"the CLIP {clip.digest} does not carry the tokenizer that it was trained with")
+    return tokenizer
+
+
+def load_checked(path: Path, kind: type, clip: Network | None = None) -> Network:
+    """A network of one kind, with every tensor that its config calls for and no other.
+
+    Raises CheckpointError where the file is damaged, of another kind, or trained on another CLIP than `clip`.
+    """
+    network = load_network(path, expect=kind)
+    clip_config = clip.config.network if clip is not None else None
+    stage = build(network.config, clip_config)  # type: ignore[arg-type]
+    expected = jax.eval_shape(stage.init, jax.random.key(0))
+    check_tree(expected, network.params, str(path))
+    if clip is not None and network.clip is not None and network.clip != clip.digest:
+        raise CheckpointError(
+            f"'{path}' was trained on the CLIP {network.clip}, not on {clip.digest}: take all of them from one cascade"
+        )
+    return network
+
+
+def load_cascade(folder: str | Path = SHIPPED) -> Cascade:
+    """The cascade of a folder: clip, prior, decoder and upsampler_<size>.safetensors; the shipped one by default.
+
+    Raises CheckpointError in one sentence where a file is missing, damaged, or does not belong to the others.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder of weights '{folder}': check --weights")
+    clip = load_checked(folder / "clip.safetensors", ClipConfig)
+    prior = load_checked(folder / "prior.safetensors", PriorConfig, clip)
+    decoder = load_checked(folder / "decoder.safetensors", DecoderConfig, clip)
+    found = [load_checked(path, UpsamplerConfig) for path in folder.glob("upsampler_*.safetensors")]
+    upsamplers = sorted(found, key=lambda network: network.config.network.size)  # type: ignore[union-attr]
+    side = decoder.config.network.size  # type: ignore[union-attr]
+    for network in upsamplers:
+        config = network.config.network
+        assert isinstance(config, UpsamplerConfig)
+        if config.low_size != side:
+            raise CheckpointError(
+                f"the {config.size} px upsampler of '{folder}' enlarges {config.low_size} px, not {side}"
+            )
+        side = config.size
+    words = tuple(clip.extra.get("words", ()))
+    return Cascade(tokenizer_from(clip), clip, prior, decoder, tuple(upsamplers), words)

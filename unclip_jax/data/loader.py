@@ -1,0 +1,104 @@
+"""Batches by step number: record i of step s is a pure function of (config, s, i), so a position is one integer."""
+
+from collections.abc import Callable, Iterator
+from typing import SupportsIndex
+
+import grain
+import numpy as np
+from jaxtyping import UInt8
+
+from unclip_jax.config import DataConfig
+from unclip_jax.data.degrade import degrade
+from unclip_jax.data.emoji import Renderer, Scene, Scenes, Split, Window, caption_words
+from unclip_jax.data.tokenizer import ClipTokenizer, kept_ids
+from unclip_jax.types import Batch
+
+ENDLESS = 2**40  # records; more than any run reads
+
+
+def scenes_of(config: DataConfig, split: Split = "train") -> Scenes:
+    """The scenes that a config describes."""
+    return Scenes(config.concepts, config.backgrounds, config.single_fraction, config.seed, split, config.group)
+
+
+def tokenizer_of(config: DataConfig) -> ClipTokenizer:
+    """The tokenizer cut down to the words of a config's captions."""
+    return ClipTokenizer(config.context_length, kept_ids(caption_words(scenes_of(config))))
+
+
+class EmojiSource:
+    """A random-access source of training records for grain.
+
+    A record is a dict: image uint8 [s s 3] (a random crop where the config says so), tokens int32 [n], mask bool [n],
+    and for upsamplers low uint8 [k k 3], the same part of the picture, reduced and corrupted.
+    """
+
+    def __init__(self, config: DataConfig, split: Split = "train", tokenizer: ClipTokenizer | None = None) -> None:
+        self.config = config
+        self.scenes = scenes_of(config, split)
+        self.tokenizer = tokenizer or tokenizer_of(config)
+        self.renderer = Renderer()
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
+        scene = self.scenes[int(index)]
+
+        def draw(window: Window | None) -> UInt8[np.ndarray, "h w 3"]:
+            return self.renderer.render(scene, self.config.size, window)
+
+        return record(self.config, self.tokenizer, int(index), scene, draw)
+
+
+def record(
+    config: DataConfig,
+    tokenizer: ClipTokenizer,
+    index: int,
+    scene: Scene,
+    draw: Callable[[Window | None], UInt8[np.ndarray, "h w 3"]],
+) -> dict[str, np.ndarray]:
+    """The training record of scene number `index`; `draw` gives its picture, or a window of it, at config.size."""
+    tokens = tokenizer.encode([scene.caption])
+    row = {"tokens": tokens.ids[0], "mask": tokens.mask[0]}
+    if config.low_size is None:
+        return row | {"image": draw(None)}
+    rng = np.random.default_rng([config.seed, 7, index])
+    factor = config.size // config.low_size
+    window = None
+    if config.crop is not None:
+        window = _crop(rng, scene.items[int(rng.integers(len(scene.items)))], config.size, config.crop, factor)
+    image = draw(window)
+    return row | {"image": image, "low": degrade(config.degradation, image, factor, rng)}
+
+
+def _crop(rng: np.random.Generator, item: tuple, size: int, side: int, factor: int) -> Window:
+    """A random crop that touches an object, aligned with the low-resolution grid."""
+    _, extent, x, y = item
+    scale = size // 64
+    corner = []
+    for start in (x, y):
+        centre = start * scale + int(rng.integers(extent * scale))
+        corner.append(int(np.clip(centre - side // 2, 0, size - side)) // factor * factor)
+    return Window(corner[0], corner[1], side)
+
+
+def _stack(records: list[dict[str, np.ndarray]]) -> Batch:
+    columns = {name: np.stack([record[name] for record in records]) for name in records[0]}
+    return Batch(columns["image"], columns["tokens"], columns["mask"], columns.get("low"))  # type: ignore[arg-type]
+
+
+def batches(
+    config: DataConfig,
+    *,
+    start: int = 0,
+    split: Split = "train",
+    tokenizer: ClipTokenizer | None = None,
+    threads: int = 1,
+    buffer: int = 4,
+) -> Iterator[Batch]:
+    """Batches of a config from step `start` on, as numpy arrays, read ahead by threads."""
+    data = grain.MapDataset.source(EmojiSource(config, split, tokenizer))
+    data = data.batch(config.batch_size, batch_fn=_stack)[start:]
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
+    return iter(data.to_iter_dataset(options))

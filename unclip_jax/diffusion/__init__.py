@@ -1,0 +1,1 @@
+"""Diffusion mathematics: schedules, the Gaussian process, guidance and samplers; no networks."""

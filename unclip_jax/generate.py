@@ -1,0 +1,301 @@
+"""From a prompt to pixels: the loaded cascade and the four steps that it runs one after another.
+
+    encode        tokens -> CLIP text states and embedding
+    sample_prior  text -> CLIP image embedding; of several candidates the one closest to the text embedding
+    decode        image embedding and text -> 64 px picture
+    upsample      small picture -> 256 px -> 1024 px
+
+Parameters are arguments of the compiled functions, and so are guidance, step tables and seeds: another prompt, scale or
+number of steps is other data and no other program.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, UInt8
+
+from unclip_jax.cascade import Cascade
+from unclip_jax.config import DiffusionConfig, SampleConfig, TrainConfig
+from unclip_jax.diffusion import gaussian, samplers
+from unclip_jax.diffusion.guidance import classifier_free, clip_static
+from unclip_jax.diffusion.schedule import Schedule, StepTable, make_schedule, step_table, strided_timesteps
+from unclip_jax.models.clip import Clip, TextEncoding, normalise
+from unclip_jax.models.decoder import Decoder
+from unclip_jax.models.prior import Prior, Whitening
+from unclip_jax.models.upsampler import Upsampler, resize_low
+from unclip_jax.stages import to_model, to_pixels
+from unclip_jax.types import Denoise, Keys, Params
+
+Sampler = Literal["ddpm", "ddim", "dpm"]
+BUCKETS = (1, 2, 4, 8, 16)  # batch sizes that programs are compiled for
+PRIOR, DECODER, UPSAMPLER = 1, 2, 3  # what a picture's key is folded with, so that stages draw different noise
+
+
+class Text(NamedTuple):
+    """A batch of encoded prompts: CLIP's states, their padding mask, and the text embedding."""
+
+    states: Float[Array, "b n d"]
+    mask: Bool[Array, "b n"]
+    embedding: Float[Array, "b z"]
+
+
+def picture_keys(seed: int, count: int) -> Keys:
+    """Keys of `count` pictures: picture i of seed s is the picture of seed s + i."""
+    return jax.vmap(jax.random.key)(np.arange(seed, seed + count, dtype=np.uint32))
+
+
+def _stage_keys(keys: Keys, stage: int) -> Keys:
+    return jax.vmap(lambda key: jax.random.fold_in(key, stage))(keys)
+
+
+def _step(sampler: Sampler, schedule: Schedule, diffusion: DiffusionConfig, eta: Array) -> samplers.Step:
+    match sampler:
+        case "ddpm":
+            return samplers.ddpm(schedule, "learned" if diffusion.learned_variance else "small")
+        case "ddim":
+            return samplers.ddim(schedule, eta)
+        case "dpm":
+            return samplers.dpm_solver_pp_2m(schedule)
+
+
+def table_of(config: TrainConfig, steps: int) -> StepTable:
+    """The strided walk of `steps` steps through a network's noise levels."""
+    return step_table(strided_timesteps(steps, config.diffusion.steps))
+
+
+def _clipped(diffusion: DiffusionConfig, denoise: Denoise) -> Denoise:
+    return denoise if diffusion.clip is None else clip_static(denoise, diffusion.clip)
+
+
+@partial(jax.jit, static_argnums=0)
+def encode(config: TrainConfig, params: Params, tokens: Array, mask: Array) -> Text:
+    """Prompts' states and embeddings; config is CLIP's."""
+    encoding: TextEncoding = Clip(config.network).apply({"params": params}, tokens, method="encode_text")
+    return Text(encoding.states, mask, encoding.embedding)
+
+
+def doubled(null: Text, text: Text) -> Text:
+    """The doubled batch of classifier-free guidance: unconditional rows first."""
+    return Text(*(jnp.concatenate([jnp.broadcast_to(u, c.shape), c]) for u, c in zip(null, text, strict=True)))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def sample_prior(
+    config: TrainConfig,
+    sampler: Sampler,
+    candidates: int,
+    params: Params,
+    whitening: Whitening,
+    keys: Keys,
+    text: Text,
+    null: Text,
+    table: StepTable,
+    guidance: Float[Array, " b"],
+    eta: Float[Array, ""],
+) -> Float[Array, "b z"]:
+    """CLIP image embeddings, unit length: of each prompt's candidates the one with the largest z_i . z_t."""
+    prior, schedule = Prior(config.network), make_schedule(config.diffusion)
+    both = doubled(null, text)
+    both_text = (both.states, both.mask, both.embedding)
+
+    def apply(x: Array, t: Array) -> Array:
+        return prior.apply({"params": params}, x, t, *both_text)
+
+    denoise = classifier_free(gaussian.denoiser(config.diffusion, schedule, apply), guidance)
+    denoise = _clipped(config.diffusion, denoise)
+    step = _step(sampler, schedule, config.diffusion, eta)
+
+    def candidate(number: Array) -> Float[Array, "b z"]:
+        own = _stage_keys(_stage_keys(keys, PRIOR), number)
+        x = samplers.initial_noise(own, (config.network.embedding_dim,))
+        return normalise(whitening.restore(samplers.run(step, denoise, own, x, table)))
+
+    drawn = jax.lax.map(candidate, jnp.arange(candidates))
+    best = jnp.argmax(jnp.einsum("cbz,bz->cb", drawn, normalise(text.embedding)), axis=0)
+    return jnp.take_along_axis(drawn, best[None, :, None], axis=0)[0]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def decode(
+    config: TrainConfig,
+    sampler: Sampler,
+    params: Params,
+    keys: Keys,
+    embedding: Float[Array, "b z"],
+    text: Text,
+    table: StepTable,
+    guidance: Float[Array, " b"],
+    rescale: Float[Array, ""],
+    eta: Float[Array, ""],
+) -> UInt8[Array, "b h w 3"]:
+    """Pictures at the decoder's size from image embeddings and captions."""
+    decoder, schedule = Decoder(config.network), make_schedule(config.diffusion)
+    both = doubled(text, text)
+    keep = jnp.arange(2 * len(embedding)) >= len(embedding)
+    told = decoder.apply(
+        {"params": params}, jnp.concatenate([embedding, embedding]), *both, keep, keep, method="condition"
+    )
+
+    def apply(x: Array, t: Array) -> Array:
+        return decoder.apply({"params": params}, x, t, told)
+
+    denoise = classifier_free(gaussian.denoiser(config.diffusion, schedule, apply), guidance, rescale)
+    denoise = _clipped(config.diffusion, denoise)
+    own = _stage_keys(keys, DECODER)
+    x = samplers.initial_noise(own, (config.network.size, config.network.size, 3))
+    return to_pixels(samplers.run(_step(sampler, schedule, config.diffusion, eta), denoise, own, x, table))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def upsample(
+    config: TrainConfig,
+    sampler: Sampler,
+    params: Params,
+    keys: Keys,
+    low: UInt8[Array, "b k k 3"],
+    table: StepTable,
+    eta: Float[Array, ""],
+) -> UInt8[Array, "b h w 3"]:
+    """Pictures at the upsampler's size; one at a time, so that memory does not grow with the batch."""
+    upsampler, schedule = Upsampler(config.network), make_schedule(config.diffusion)
+    size = config.network.size
+
+    def one(example: tuple[Array, Array]) -> UInt8[Array, "h w 3"]:
+        key, small = example
+        resized = resize_low(to_model(small[None]), size)
+
+        def apply(x: Array, t: Array) -> Array:
+            return upsampler.apply({"params": params}, x, t, resized)
+
+        denoise = _clipped(config.diffusion, gaussian.denoiser(config.diffusion, schedule, apply))
+        own = _stage_keys(key[None], UPSAMPLER + size)
+        x = samplers.initial_noise(own, (size, size, 3))
+        step = _step(sampler, schedule, config.diffusion, eta)
+        return to_pixels(samplers.run(step, denoise, own, x, table))[0]
+
+    return jax.lax.map(one, (keys, low))
+
+
+class Options(NamedTuple):
+    """What one call of generate may change; None keeps what the cascade's configs recommend."""
+
+    size: int | None = None
+    sampler: Sampler | None = None
+    steps: int | None = None  # of the decoder
+    guidance: float | None = None  # of the decoder
+    prior_steps: int | None = None
+    prior_guidance: float | None = None
+    candidates: int = 2
+
+
+def check(cascade: Cascade, options: Options) -> int:
+    """The output size; ValueError in one sentence where an option makes no sense."""
+    size = cascade.sizes[-1] if options.size is None else options.size
+    if size not in cascade.sizes:
+        known = ", ".join(map(str, cascade.sizes))
+        raise ValueError(f"this cascade makes pictures of {known} px, not {size}")
+    for name, steps, config in (
+        ("steps", options.steps, cascade.decoder.config),
+        ("prior steps", options.prior_steps, cascade.prior.config),
+    ):
+        if steps is not None and not 1 <= steps <= config.diffusion.steps:
+            raise ValueError(f"{name} must lie between 1 and {config.diffusion.steps}, not {steps}")
+    for name, scale in (("guidance", options.guidance), ("prior guidance", options.prior_guidance)):
+        if scale is not None and not (np.isfinite(scale) and 0 <= scale <= 100):
+            raise ValueError(f"{name} must be a number between 0 and 100, not {scale}")
+    if not 1 <= options.candidates <= 64:
+        raise ValueError(f"candidates must lie between 1 and 64, not {options.candidates}")
+    return size
+
+
+def generate(
+    cascade: Cascade,
+    prompts: Sequence[str],
+    seeds: Sequence[int] | int = 0,
+    options: Options = Options(),
+    progress: Callable[[str], None] = lambda stage: None,
+) -> UInt8[np.ndarray, "b h w 3"]:
+    """Pictures of prompts, uint8 [b size size 3].
+
+    seeds: one per prompt, or the first of consecutive ones. progress: called with each stage's name as it begins.
+    Raises ValueError for options that make no sense.
+    """
+    size = check(cascade, options)
+    seeds = range(seeds, seeds + len(prompts)) if isinstance(seeds, int) else seeds
+    pictures = []
+    for start in range(0, len(prompts), BUCKETS[-1]):
+        part = slice(start, start + BUCKETS[-1])
+        pictures.append(_generate_batch(cascade, prompts[part], list(seeds)[part], options, size, progress))
+    return np.concatenate(pictures)
+
+
+def _generate_batch(
+    cascade: Cascade, prompts: Sequence[str], seeds: Sequence[int], options: Options, size: int, progress: Callable
+) -> UInt8[np.ndarray, "b h w 3"]:
+    count = len(prompts)
+    padding = next(bucket for bucket in BUCKETS if bucket >= count) - count
+    prompts, seeds = [*prompts, *[""] * padding], [*seeds, *[0] * padding]
+    keys = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+    progress("text")
+    text, null = encode_prompts(cascade, prompts), encode_prompts(cascade, [""])
+    progress("prior")
+    embedding = prior_embeddings(cascade, keys, text, null, options)
+    progress(f"decoder {cascade.decoder.config.network.size} px")
+    pictures = decode_embeddings(cascade, keys, embedding, text, options)
+    return finish(cascade, keys, pictures, size, progress)[:count]
+
+
+def encode_prompts(cascade: Cascade, prompts: Sequence[str]) -> Text:
+    """Prompts through the cascade's tokenizer and text tower."""
+    tokens = cascade.tokenizer.encode(list(prompts))
+    return encode(cascade.clip.config, cascade.clip.params, tokens.ids, tokens.mask)
+
+
+def _scale(value: float, rows: int) -> Float[np.ndarray, " b"]:
+    return np.full((rows,), value, np.float32)
+
+
+def prior_embeddings(cascade: Cascade, keys: Keys, text: Text, null: Text, options: Options) -> Float[Array, "b z"]:
+    """The prior's image embeddings at the recommended or the chosen settings."""
+    prior = cascade.prior
+    advice: SampleConfig = prior.config.sample
+    guidance = advice.guidance if options.prior_guidance is None else options.prior_guidance
+    return sample_prior(
+        prior.config, advice.sampler, options.candidates, prior.params, Whitening(**prior.constants["whitening"]),
+        keys, text, null, table_of(prior.config, options.prior_steps or advice.steps), _scale(guidance, len(keys)),
+        np.float32(advice.eta),
+    )  # fmt: skip
+
+
+def decode_embeddings(
+    cascade: Cascade, keys: Keys, embedding: Float[Array, "b z"], text: Text, options: Options
+) -> UInt8[Array, "b h w 3"]:
+    """The decoder's pictures at the recommended or the chosen settings."""
+    network = cascade.decoder
+    advice: SampleConfig = network.config.sample
+    guidance = advice.guidance if options.guidance is None else options.guidance
+    return decode(
+        network.config, options.sampler or advice.sampler, network.params, keys, embedding, text,
+        table_of(network.config, options.steps or advice.steps), _scale(guidance, len(keys)),
+        np.float32(advice.rescale), np.float32(advice.eta),
+    )  # fmt: skip
+
+
+def finish(
+    cascade: Cascade, keys: Keys, pictures: Array, size: int, progress: Callable[[str], None] = lambda stage: None
+) -> UInt8[np.ndarray, "b h w 3"]:
+    """The tail that every generation and every edit shares: upsamplers in turn until `size` is reached."""
+    for network in cascade.upsamplers:
+        if pictures.shape[1] >= size:
+            break
+        advice = network.config.sample
+        progress(f"upsampler {network.config.network.size} px")
+        table = table_of(network.config, advice.steps)
+        pictures = upsample(
+            network.config, advice.sampler, network.params, keys, pictures, table, np.float32(advice.eta)
+        )
+    return np.asarray(pictures)

@@ -1,0 +1,64 @@
+"""The learning rate, AdamW with clipping and a decay mask, and the moving average of the parameters."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from unclip_jax.config import OptimConfig
+from unclip_jax.types import Params
+
+
+def learning_rate(config: OptimConfig, step: Int[Array, ""] | int) -> Float[Array, ""]:
+    """Learning rate of the update number `step`, counted from 0.
+
+    Rises linearly over `warmup` updates (the first is already above zero), then stays constant, or falls by a half
+    cosine to `final_fraction` of its peak over `decay_steps` updates and stays there.
+    """
+    done = jnp.asarray(step, jnp.float32)
+    rise = jnp.minimum(1.0, (done + 1) / max(config.warmup, 1))
+    if config.decay_steps is None:
+        return config.learning_rate * rise
+    progress = jnp.clip((done - config.warmup) / max(config.decay_steps, 1), 0.0, 1.0)
+    fall = config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+    return config.learning_rate * rise * fall
+
+
+def decay_mask(params_shape: Any) -> Any:
+    """Tree of booleans, true where weight decay applies.
+
+    Only matrices decay: leaves named kernel or embedding with two or more axes. Norms, biases, temperatures, learned
+    positions and null conditions do not.
+    """
+
+    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
+        names = [str(entry.key) for entry in path]
+        free = any("position" in name or "null" in name for name in names)
+        return names[-1] in ("kernel", "embedding") and len(leaf.shape) >= 2 and not free
+
+    return jax.tree_util.tree_map_with_path(decays, params_shape)
+
+
+def optimizer(config: OptimConfig, params_shape: Any) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) after clipping by the global norm; `params_shape` is any tree of the parameters' shapes.
+
+    Gradients arrive already averaged over accumulated micro-batches.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.add_decayed_weights(config.weight_decay, decay_mask(params_shape)),
+        optax.scale_by_learning_rate(lambda step: learning_rate(config, jnp.asarray(step))),
+    )
+
+
+def ema_update(ema: Params, params: Params, step: Int[Array, ""] | int, decay: float) -> Params:
+    """Moving average after update number `step`, with decay min(decay, (1 + step) / (10 + step)).
+
+    The warm-up lets early samples follow the parameters instead of their random start.
+    """
+    done = jnp.asarray(step, jnp.float32)
+    keep = jnp.minimum(decay, (1 + done) / (10 + done))
+    return jax.tree.map(lambda average, new: average + (1 - keep) * (new - average), ema, params)

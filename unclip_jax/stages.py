@@ -1,0 +1,210 @@
+"""Every stage side by side: what each trains, on what loss, and what its previews show.
+
+stage      input -> target                                                     frozen context
+CLIP       pictures and captions -> matching embeddings                        -
+prior      caption, noised image embedding -> clean image embedding            CLIP, whitening, empty caption
+decoder    image embedding, caption, noisy 64 px picture -> clean picture      CLIP
+upsamplers small corrupted picture, noisy crop of the large one -> clean crop  -
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from unclip_jax.config import ClipConfig, DecoderConfig, DiffusionConfig, PriorConfig, TrainConfig, UpsamplerConfig
+from unclip_jax.diffusion import gaussian, samplers
+from unclip_jax.diffusion.guidance import clip_static
+from unclip_jax.diffusion.schedule import make_schedule, step_table, strided_timesteps
+from unclip_jax.models.clip import Clip, normalise, preprocess
+from unclip_jax.models.decoder import Condition, Decoder, init_decoder
+from unclip_jax.models.prior import Prior, Whitening
+from unclip_jax.models.upsampler import Upsampler, init_upsampler, resize_low
+from unclip_jax.types import Batch, Denoise, Keys, Params, PRNGKey, Stage
+
+PREVIEW_STEPS = 20
+
+
+def build(config: TrainConfig, clip: ClipConfig | None = None) -> Stage:
+    """The stage of a config; `clip` is the config of the frozen CLIP that priors and decoders read.
+
+    Raises ValueError where a prior or decoder is built without one.
+    """
+    match config.network:
+        case ClipConfig():
+            return clip_stage(config.network)
+        case UpsamplerConfig():
+            return upsampler_stage(config.network, config.diffusion)
+        case _ if clip is None:
+            raise ValueError(f"{config.name} trains on a frozen CLIP: name its file with --clip")
+        case PriorConfig():
+            return prior_stage(config.network, config.diffusion, clip)
+        case DecoderConfig():
+            return decoder_stage(config.network, config.diffusion, clip)
+
+
+def to_model(image: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+    """Bytes to [-1, 1]."""
+    return image.astype(jnp.float32) / 127.5 - 1
+
+
+def to_pixels(x: Float[Array, "b h w 3"]) -> UInt8[Array, "b h w 3"]:
+    """[-1, 1] to bytes, rounded, what lies outside cut."""
+    return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)
+
+
+def encode_image(config: ClipConfig, clip: Params, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b z"]:
+    """CLIP's normalised image embeddings, pictures resized to its tower's size where they are not."""
+    if image.shape[1] != config.image_size:
+        image = to_pixels(resize_low(to_model(image), config.image_size))
+    apply = Clip(config).apply
+    return normalise(apply({"params": clip}, preprocess(config, image), method="encode_image"))
+
+
+def clip_stage(config: ClipConfig) -> Stage:
+    """Symmetric cross entropy over a batch's similarities (arXiv 2103.00020 figure 3)."""
+    clip = Clip(config)
+
+    def init(key: PRNGKey) -> Params:
+        side = config.image_size
+        return clip.init(key, jnp.zeros((1, side, side, 3)), jnp.zeros((1, config.context_length), jnp.int32))["params"]
+
+    def loss(params: Params, context: Params, batch: Batch, key: PRNGKey):
+        image, text, scale = clip.apply({"params": params}, preprocess(config, batch.image), batch.tokens)
+        logits = scale * jnp.einsum(
+            "iz,tz->it", normalise(image), normalise(text.embedding), precision=jax.lax.Precision.HIGHEST
+        )
+        # Captions that say the same are no negatives of each other.
+        same = jnp.all(batch.tokens[:, None] == batch.tokens[None], axis=-1) & ~jnp.eye(len(logits), dtype=bool)
+        logits = jnp.where(same, -1e9, logits)
+        right = jnp.arange(len(logits))
+        by_image = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=1), right[:, None], 1)
+        by_text = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=0), right[None], 0)
+        value = -(by_image.mean() + by_text.mean()) / 2
+        hits = (jnp.argmax(logits, axis=0) == right).mean()
+        return value, {"top1": hits, "scale": scale}
+
+    return Stage(init, loss)
+
+
+def _timesteps_and_noise(
+    config: DiffusionConfig, key: PRNGKey, x0: Float[Array, "b ..."]
+) -> tuple[Array, Float[Array, "b ..."], Float[Array, "b ..."]]:
+    """Training timesteps, noise, and x0 noised to them."""
+    key_t, key_noise = jax.random.split(key)
+    t = gaussian.sample_timesteps(key_t, len(x0), config)
+    noise = gaussian.training_noise(key_noise, x0.shape, config.offset)
+    return t, noise, gaussian.add_noise(make_schedule(config), x0, noise, t)
+
+
+def prior_stage(config: PriorConfig, diffusion: DiffusionConfig, clip_config: ClipConfig) -> Stage:
+    """Mean squared error of the whitened image embedding (paper section 2.2), captions dropped for guidance."""
+    prior, schedule = Prior(config), make_schedule(diffusion)
+
+    def init(key: PRNGKey) -> Params:
+        z, n = jnp.zeros((1, config.embedding_dim)), config.context_length
+        states, mask = jnp.zeros((1, n, config.text_dim)), jnp.ones((1, n), bool)
+        return prior.init(key, z, jnp.zeros((1,), jnp.int32), states, mask, z)["params"]
+
+    def loss(params: Params, context: Params, batch: Batch, key: PRNGKey):
+        key_drop, key_diffusion, key_dropout = jax.random.split(key, 3)
+        embedding = batch.embedding
+        if embedding is None:
+            embedding = encode_image(clip_config, context["clip"], batch.image)
+        x0 = Whitening(**context["whitening"]).whiten(embedding)
+        drop = jax.random.bernoulli(key_drop, config.text_drop, (len(x0), 1))
+        tokens = jnp.where(drop, context["empty"]["tokens"], batch.tokens)
+        mask = jnp.where(drop, context["empty"]["mask"], batch.mask)
+        text = Clip(clip_config).apply({"params": context["clip"]}, tokens, method="encode_text")
+        t, noise, x_t = _timesteps_and_noise(diffusion, key_diffusion, x0)
+        output = prior.apply(
+            {"params": params}, x_t, t, text.states, mask, text.embedding,
+            deterministic=False, rngs={"dropout": key_dropout},
+        )  # fmt: skip
+        per_example = gaussian.diffusion_loss(diffusion, schedule, output, x0, x_t, noise, t)
+        estimate = gaussian.to_x0(schedule, diffusion.prediction, output, x_t, t)
+        cosine = (normalise(estimate) * normalise(x0)).sum(-1)
+        noisy = t >= 0.9 * diffusion.steps
+        return per_example.mean(), {"cosine_noisy": (cosine * noisy).sum() / jnp.maximum(noisy.sum(), 1)}
+
+    return Stage(init, loss)
+
+
+def decoder_stage(config: DecoderConfig, diffusion: DiffusionConfig, clip_config: ClipConfig) -> Stage:
+    """Noise removal given image embedding and caption (paper section 2.1), each dropped at its own rate."""
+    decoder, schedule = Decoder(config), make_schedule(diffusion)
+
+    def init(key: PRNGKey) -> Params:
+        return init_decoder(decoder, key)
+
+    def condition(params: Params, context: Params, batch: Batch, keep_image: Array, keep_text: Array) -> Condition:
+        embedding = batch.embedding
+        if embedding is None:
+            embedding = encode_image(clip_config, context["clip"], batch.image)
+        if config.text_encoder is None:
+            text = Clip(clip_config).apply({"params": context["clip"]}, batch.tokens, method="encode_text")
+            states, pooled = text
+        else:
+            states, pooled = decoder.apply({"params": params}, batch.tokens, batch.mask, method="encode_text")
+        return decoder.apply(
+            {"params": params}, embedding, states, batch.mask, pooled, keep_image, keep_text, method="condition"
+        )
+
+    def loss(params: Params, context: Params, batch: Batch, key: PRNGKey):
+        key_image, key_text, key_diffusion, key_dropout = jax.random.split(key, 4)
+        rows = (len(batch.image),)
+        keep_image = ~jax.random.bernoulli(key_image, config.image_drop, rows)
+        keep_text = ~jax.random.bernoulli(key_text, config.text_drop, rows)
+        told = condition(params, context, batch, keep_image, keep_text)
+        x0 = to_model(batch.image)
+        t, noise, x_t = _timesteps_and_noise(diffusion, key_diffusion, x0)
+        output = decoder.apply({"params": params}, x_t, t, told, deterministic=False, rngs={"dropout": key_dropout})
+        per_example = gaussian.diffusion_loss(diffusion, schedule, output, x0, x_t, noise, t)
+        # Where almost nothing is left of the picture, only the conditions can lower the loss.
+        noisy = t >= 0.9 * diffusion.steps
+        return per_example.mean(), {"loss_noisy": (per_example * noisy).sum() / jnp.maximum(noisy.sum(), 1)}
+
+    def preview(params: Params, context: Params, batch: Batch, keys: Keys) -> UInt8[Array, "b h w 3"]:
+        keep = jnp.ones((len(batch.image),), bool)
+        told = condition(params, context, batch, keep, keep)
+        denoise = gaussian.denoiser(diffusion, schedule, lambda x, t: decoder.apply({"params": params}, x, t, told))
+        return _preview(diffusion, denoise, keys, batch.image.shape[1:])
+
+    return Stage(init, loss, preview)
+
+
+def upsampler_stage(config: UpsamplerConfig, diffusion: DiffusionConfig) -> Stage:
+    """Noise removal given a smaller, corrupted picture, on crops (paper section 2.1)."""
+    upsampler, schedule = Upsampler(config), make_schedule(diffusion)
+
+    def init(key: PRNGKey) -> Params:
+        return init_upsampler(upsampler, key)
+
+    def resized(batch: Batch) -> Float[Array, "b h w 3"]:
+        if batch.low is None:
+            raise ValueError("upsamplers train on pairs: set data.low_size to the side of the small picture")
+        return resize_low(to_model(batch.low), batch.image.shape[1])
+
+    def loss(params: Params, context: Params, batch: Batch, key: PRNGKey):
+        key_diffusion, key_dropout = jax.random.split(key)
+        x0, low = to_model(batch.image), resized(batch)
+        t, noise, x_t = _timesteps_and_noise(diffusion, key_diffusion, x0)
+        output = upsampler.apply({"params": params}, x_t, t, low, deterministic=False, rngs={"dropout": key_dropout})
+        per_example = gaussian.diffusion_loss(diffusion, schedule, output, x0, x_t, noise, t)
+        return per_example.mean(), {}
+
+    def preview(params: Params, context: Params, batch: Batch, keys: Keys) -> UInt8[Array, "b h w 3"]:
+        low = resized(batch)
+        denoise = gaussian.denoiser(diffusion, schedule, lambda x, t: upsampler.apply({"params": params}, x, t, low))
+        return jnp.concatenate([to_pixels(low), _preview(diffusion, denoise, keys, batch.image.shape[1:])], axis=2)
+
+    return Stage(init, loss, preview)
+
+
+def _preview(config: DiffusionConfig, denoise: Denoise, keys: Keys, shape: tuple[int, ...]) -> UInt8[Array, "b h w 3"]:
+    """A few deterministic DDIM steps from noise, unguided."""
+    schedule = make_schedule(config)
+    table = step_table(strided_timesteps(PREVIEW_STEPS, config.steps))
+    if config.clip is not None:
+        denoise = clip_static(denoise, config.clip)
+    noise = samplers.initial_noise(keys, shape)
+    return to_pixels(samplers.run(samplers.ddim(schedule), denoise, keys, noise, table))

@@ -1,8 +1,17 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 # Nothing of the package is imported up here: pytest loads this file before jaxtyping's import hook is in place.
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps what commands compile in tests out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNCLIP_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -17,11 +26,11 @@ def tiny_cascade_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from unclip_jax.stages import build
 
     folder = tmp_path_factory.mktemp("cascade")
-    words = sorted(
+    text = (
         "a an the of to on left right above below with background and openmoji drawing picture small big it "
-        "cat dog apple banana red blue pink green yellow white house car".split()
+        "cat dog apple banana red blue pink green yellow white house car"
     )
-    kept = kept_ids([" ".join(words)])
+    words, kept = sorted(text.split()), kept_ids([text])
     tower = c.TransformerConfig(width=16, layers=1, heads=2)
     clip_config = c.ClipConfig(
         embedding_dim=16,

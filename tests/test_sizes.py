@@ -14,6 +14,7 @@ from unclip_jax.models.clip import Clip
 from unclip_jax.models.decoder import Decoder, init_decoder
 from unclip_jax.models.prior import Prior
 from unclip_jax.models.upsampler import Upsampler, init_upsampler
+from unclip_jax.types import Params
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MILLION = 1_000_000
@@ -35,21 +36,21 @@ PRIOR_STATISTICS = 2 * 768  # clip_mean and clip_std lie in Karlo's file; here t
 KARLO_PRIOR, KARLO_UNET, KARLO_PROJECTIONS, KARLO_UPSAMPLER = 1_022_030_080, 885_439_686, 7_878_400, 691_579_523
 KARLO_TEXT, KARLO_IMAGE = 123_650_304, 303_966_208
 
-_SHAPES: dict[NetworkConfig, dict] = {}
+_SHAPES: dict[NetworkConfig, Params] = {}
 
 
 def network(name: str) -> NetworkConfig:
     return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"]().network
 
 
-def shapes(config: NetworkConfig) -> dict:
+def shapes(config: NetworkConfig) -> Params:
     """The tree of parameters of a network as shapes, each network traced once."""
     if config not in _SHAPES:
         _SHAPES[config] = jax.eval_shape(lambda key: _init(config, key), jax.random.key(0))
     return _SHAPES[config]
 
 
-def _init(config: NetworkConfig, key: jax.Array) -> dict:
+def _init(config: NetworkConfig, key: jax.Array) -> Params:
     match config:
         case DecoderConfig():
             return init_decoder(Decoder(config), key)
@@ -68,7 +69,7 @@ def _init(config: NetworkConfig, key: jax.Array) -> dict:
             return Prior(config).init(key, z, t, states, mask, z)["params"]
 
 
-def count(tree: dict) -> int:
+def count(tree: Params) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
@@ -124,7 +125,11 @@ def karlo_decoder_shapes() -> Counter:
         found.extend([(out, into, side, side), (out,)])
 
     def res(out: int, into: int) -> None:
-        norm(into), conv(out, into), linear(2 * out, 1280), norm(out), conv(out, out)
+        norm(into)
+        conv(out, into)
+        linear(2 * out, 1280)
+        norm(out)
+        conv(out, out)
         if into != out:
             conv(out, into, 1)
 
@@ -133,7 +138,11 @@ def karlo_decoder_shapes() -> Counter:
         for into in (c, c, c, 1536, 1536, c):  # q, k, v, context k, context v, out
             linear(c, into)
 
-    conv(320, 3), linear(1280, 320), linear(1280, 1280), norm(320), conv(6, 320)
+    conv(320, 3)
+    linear(1280, 320)
+    linear(1280, 1280)
+    norm(320)
+    conv(6, 320)
     for level, width in enumerate(widths):
         for into in (widths[max(level - 1, 0)], width, width):
             res(width, into)
@@ -141,7 +150,9 @@ def karlo_decoder_shapes() -> Counter:
                 attention(width)
         if level < 3:
             res(width, width)
-    res(1280, 1280), attention(1280), res(1280, 1280)
+    res(1280, 1280)
+    attention(1280)
+    res(1280, 1280)
     up_inputs = (
         (1280, (2560, 2560, 2560, 2240)),
         (960, (2240, 1920, 1920, 1600)),

@@ -1,3 +1,8 @@
 """unCLIP (DALL-E 2, arXiv 2204.06125) in JAX and Flax."""
 
 __version__ = "0.1.0"
+
+from unclip_jax.cascade import Cascade, load_cascade
+from unclip_jax.generate import Options, generate
+
+__all__ = ["Cascade", "Options", "generate", "load_cascade"]

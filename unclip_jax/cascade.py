@@ -59,11 +59,40 @@ def load_checked(path: Path, kind: type, clip: Network | None = None) -> Network
     stage = build(network.config, clip_config)  # type: ignore[arg-type]
     expected = jax.eval_shape(stage.init, jax.random.key(0))
     check_tree(expected, network.params, str(path))
-    if clip is not None and network.clip is not None and network.clip != clip.digest:
+    if clip is not None and network.clip != clip.digest:
         raise CheckpointError(
             f"'{path}' was trained on the CLIP {network.clip}, not on {clip.digest}: take all of them from one cascade"
         )
+    if isinstance(clip_config, ClipConfig):
+        _check_widths(network, clip_config, path)
     return network
+
+
+def _check_widths(network: Network, clip: ClipConfig, path: Path) -> None:
+    """CheckpointError where a prior or decoder reads other widths than the CLIP gives, or lacks its constants."""
+    match network.config.network:
+        case PriorConfig(embedding_dim=image, text_dim=text, context_length=length):
+            statistics = network.constants.get("whitening", {})
+            if {name: array.shape for name, array in statistics.items()} != {"mean": (image,), "std": (image,)}:
+                raise CheckpointError(f"'{path}' lacks the prior's whitening constants: fetch or train it again")
+        case DecoderConfig(image_embedding_dim=image, text_encoder=None, text_dim=text, context_length=length):
+            pass
+        case _:
+            return
+    expected = (clip.embedding_dim, clip.text.width, clip.context_length)
+    if (image, text, length) != expected:
+        raise CheckpointError(
+            f"'{path}' reads image embeddings, text states and contexts of {(image, text, length)}, "
+            f"the CLIP gives {expected}: they have different configs, take all of them from one cascade"
+        )
+
+
+def load_clip(folder: str | Path) -> Network:
+    """The CLIP of a cascade's folder; raises as load_cascade does."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder of weights '{folder}': check --weights")
+    return load_checked(folder / "clip.safetensors", ClipConfig)
 
 
 def load_cascade(folder: str | Path = SHIPPED) -> Cascade:
@@ -72,9 +101,7 @@ def load_cascade(folder: str | Path = SHIPPED) -> Cascade:
     Raises CheckpointError in one sentence where a file is missing, damaged, or does not belong to the others.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder of weights '{folder}': check --weights")
-    clip = load_checked(folder / "clip.safetensors", ClipConfig)
+    clip = load_clip(folder)
     prior = load_checked(folder / "prior.safetensors", PriorConfig, clip)
     decoder = load_checked(folder / "decoder.safetensors", DecoderConfig, clip)
     found = [load_checked(path, UpsamplerConfig) for path in folder.glob("upsampler_*.safetensors")]

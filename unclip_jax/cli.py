@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from unclip_jax import __version__
 
@@ -38,23 +39,46 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     sample = commands.add_parser("sample", help="make pictures of a prompt")
-    sample.add_argument("prompt", help="what to draw, in words")
+    sample.add_argument("prompt", help="what to draw, in words; unclip vocabulary lists those that it knows")
     sample.add_argument("--n", type=int, default=1, help="number of pictures (default 1)")
-    sample.add_argument("--size", type=int, help="side in px; default: the cascade's largest")
+    sample.add_argument("--size", type=int, help="side in px (default: the cascade's largest)")
     sample.add_argument("--seed", type=int, default=0, help="picture i of seed s is the picture of seed s + i")
-    sample.add_argument("--sampler", choices=("ddpm", "ddim", "dpm"), help="of the decoder")
-    sample.add_argument("--steps", type=int, help="of the decoder")
-    sample.add_argument("--guidance", type=float, help="of the decoder")
-    sample.add_argument("--prior-steps", type=int)
-    sample.add_argument("--prior-guidance", type=float)
-    sample.add_argument("--candidates", type=int, default=2, help="image embeddings that the prior chooses from")
-    sample.add_argument("--weights", type=Path, help="folder of a cascade; default: the one that ships")
-    sample.add_argument("--out", type=Path, default=Path("unclip.png"), help="a .png path, or a folder")
+    sample.add_argument("--sampler", choices=("ddpm", "ddim", "dpm"), help="of the decoder (default: its config's)")
+    sample.add_argument("--steps", type=int, help="of the decoder; fewer are faster")
+    sample.add_argument("--guidance", type=float, help="of the decoder; more follows the prompt closer")
+    sample.add_argument("--prior-steps", type=int, help="of the prior")
+    sample.add_argument("--prior-guidance", type=float, help="of the prior")
+    sample.add_argument("--candidates", type=int, default=2, help="image embeddings the prior chooses from (default 2)")
+    sample.add_argument("--weights", type=Path, help="folder of a cascade (default: the one that ships)")
+    sample.add_argument(
+        "--out", type=Path, default=Path("unclip.png"), help="a .png path, or a folder (default unclip.png)"
+    )
     sample.set_defaults(run=_sample)
 
     vocabulary = commands.add_parser("vocabulary", help="list the words that a cascade was trained on")
-    vocabulary.add_argument("--weights", type=Path)
+    vocabulary.add_argument("--weights", type=Path, help="folder of a cascade (default: the one that ships)")
     vocabulary.set_defaults(run=_vocabulary)
+
+    evaluate = commands.add_parser("evaluate", help="measure a cascade on held-out scenes")
+    evaluate.add_argument("what", choices=("scenes", "clip", "prior", "upsamplers"))
+    evaluate.add_argument("--weights", type=Path, help="folder of a cascade (default: the one that ships)")
+    evaluate.add_argument(
+        "--n", type=int, help="captions (256), sets of 64 scenes (clip 8, prior 4) or pictures per upsampler (32)"
+    )
+    evaluate.add_argument("--large", type=int, default=0, help="scenes: so many at the largest size too (default 0)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the first picture")
+    evaluate.add_argument("--sampler", choices=("ddpm", "ddim", "dpm"), help="of the decoder (default: its config's)")
+    evaluate.add_argument("--steps", type=int, help="of the decoder")
+    evaluate.add_argument("--guidance", type=float, help="of the decoder")
+    evaluate.add_argument("--prior-steps", type=int, help="of the prior")
+    evaluate.add_argument("--prior-guidance", type=float, help="of the prior")
+    evaluate.add_argument("--candidates", type=int, default=2, help="image embeddings the prior chooses from")
+    evaluate.add_argument("--true-embedding", action="store_true", help="scenes: CLIP's embedding, not the prior's")
+    evaluate.add_argument("--truth", action="store_true", help="scenes: score true renders, the scorer's own check")
+    evaluate.add_argument("--shuffle", action="store_true", help="scenes: also against other captions, which is chance")
+    evaluate.add_argument("--out", type=Path, help="figures, command and versions as JSON")
+    evaluate.add_argument("--pictures", type=Path, help="a contact sheet as PNG")
+    evaluate.set_defaults(run=_evaluate)
 
     train = commands.add_parser(
         "train",
@@ -77,11 +101,19 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _vocabulary(options: argparse.Namespace) -> None:
-    from unclip_jax.cascade import SHIPPED, load_cascade
+    from unclip_jax.cascade import SHIPPED, load_clip
 
-    cascade = load_cascade(options.weights or SHIPPED)
-    print("things:", ", ".join(cascade.clip.extra.get("concepts", ())))
-    print("words: ", " ".join(cascade.words))
+    clip = load_clip(options.weights or SHIPPED)
+    if not clip.extra.get("words"):
+        raise ValueError("this cascade does not say which words it was trained on")
+    print(fill("things: " + ", ".join(clip.extra.get("concepts", ())), width=100))
+    print(fill("words: " + " ".join(clip.extra["words"]), width=100))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from unclip_jax.evaluate.command import evaluate_to_files
+
+    evaluate_to_files(options)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -90,8 +122,11 @@ def _train(options: argparse.Namespace) -> None:
     config = apply(load_config(options.config), options.rest)
     import jax
 
+    from unclip_jax import compile_cache
+
     if options.cpu_devices:
         jax.config.update("jax_num_cpu_devices", options.cpu_devices)
+    compile_cache.enable()
     from unclip_jax.run import train
     from unclip_jax.sharding import make_mesh
 

@@ -16,7 +16,7 @@ def enable(path: Path | None = None) -> Path | None:
     The default is UNCLIP_CACHE_DIR, else the user's cache folder, in a subfolder for these versions and this processor.
     A cache that the user chose through JAX itself (JAX_COMPILATION_CACHE_DIR) stays as it is.
     """
-    if chosen := jax.config.jax_compilation_cache_dir:
+    if chosen := jax.config.values["jax_compilation_cache_dir"]:
         return Path(chosen)
     folder = path or Path(os.environ.get("UNCLIP_CACHE_DIR") or user_cache()) / machine()
     try:

@@ -11,7 +11,7 @@ number of steps is other data and no other program.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 from unclip_jax.cascade import Cascade
-from unclip_jax.config import DiffusionConfig, SampleConfig, TrainConfig
+from unclip_jax.config import (
+    ClipConfig,
+    DecoderConfig,
+    DiffusionConfig,
+    PriorConfig,
+    SampleConfig,
+    TrainConfig,
+    UpsamplerConfig,
+)
 from unclip_jax.diffusion import gaussian, samplers
 from unclip_jax.diffusion.guidance import classifier_free, clip_static
 from unclip_jax.diffusion.schedule import Schedule, StepTable, make_schedule, step_table, strided_timesteps
-from unclip_jax.models.clip import Clip, TextEncoding, normalise
+from unclip_jax.models.clip import Clip, normalise
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.prior import Prior, Whitening
 from unclip_jax.models.upsampler import Upsampler, resize_low
@@ -48,7 +56,7 @@ def picture_keys(seed: int, count: int) -> Keys:
     return jax.vmap(jax.random.key)(np.arange(seed, seed + count, dtype=np.uint32))
 
 
-def _stage_keys(keys: Keys, stage: int) -> Keys:
+def _stage_keys(keys: Keys, stage: int | Array) -> Keys:
     return jax.vmap(lambda key: jax.random.fold_in(key, stage))(keys)
 
 
@@ -74,7 +82,8 @@ def _clipped(diffusion: DiffusionConfig, denoise: Denoise) -> Denoise:
 @partial(jax.jit, static_argnums=0)
 def encode(config: TrainConfig, params: Params, tokens: Array, mask: Array) -> Text:
     """Prompts' states and embeddings; config is CLIP's."""
-    encoding: TextEncoding = Clip(config.network).apply({"params": params}, tokens, method="encode_text")
+    assert isinstance(config.network, ClipConfig)
+    encoding: Any = Clip(config.network).apply({"params": params}, tokens, method="encode_text")
     return Text(encoding.states, mask, encoding.embedding)
 
 
@@ -98,11 +107,12 @@ def sample_prior(
     eta: Float[Array, ""],
 ) -> Float[Array, "b z"]:
     """CLIP image embeddings, unit length: of each prompt's candidates the one with the largest z_i . z_t."""
+    assert isinstance(config.network, PriorConfig)
     prior, schedule = Prior(config.network), make_schedule(config.diffusion)
-    both = doubled(null, text)
+    both, width = doubled(null, text), config.network.embedding_dim
     both_text = (both.states, both.mask, both.embedding)
 
-    def apply(x: Array, t: Array) -> Array:
+    def apply(x: Array, t: Array) -> Any:
         return prior.apply({"params": params}, x, t, *both_text)
 
     denoise = classifier_free(gaussian.denoiser(config.diffusion, schedule, apply), guidance)
@@ -111,7 +121,7 @@ def sample_prior(
 
     def candidate(number: Array) -> Float[Array, "b z"]:
         own = _stage_keys(_stage_keys(keys, PRIOR), number)
-        x = samplers.initial_noise(own, (config.network.embedding_dim,))
+        x = samplers.initial_noise(own, (width,))
         return normalise(whitening.restore(samplers.run(step, denoise, own, x, table)))
 
     drawn = jax.lax.map(candidate, jnp.arange(candidates))
@@ -133,6 +143,7 @@ def decode(
     eta: Float[Array, ""],
 ) -> UInt8[Array, "b h w 3"]:
     """Pictures at the decoder's size from image embeddings and captions."""
+    assert isinstance(config.network, DecoderConfig)
     decoder, schedule = Decoder(config.network), make_schedule(config.diffusion)
     both = doubled(text, text)
     keep = jnp.arange(2 * len(embedding)) >= len(embedding)
@@ -140,7 +151,7 @@ def decode(
         {"params": params}, jnp.concatenate([embedding, embedding]), *both, keep, keep, method="condition"
     )
 
-    def apply(x: Array, t: Array) -> Array:
+    def apply(x: Array, t: Array) -> Any:
         return decoder.apply({"params": params}, x, t, told)
 
     denoise = classifier_free(gaussian.denoiser(config.diffusion, schedule, apply), guidance, rescale)
@@ -160,24 +171,19 @@ def upsample(
     table: StepTable,
     eta: Float[Array, ""],
 ) -> UInt8[Array, "b h w 3"]:
-    """Pictures at the upsampler's size; one at a time, so that memory does not grow with the batch."""
+    """Pictures at the upsampler's size."""
+    assert isinstance(config.network, UpsamplerConfig)
     upsampler, schedule = Upsampler(config.network), make_schedule(config.diffusion)
     size = config.network.size
+    resized = resize_low(to_model(low), size)
 
-    def one(example: tuple[Array, Array]) -> UInt8[Array, "h w 3"]:
-        key, small = example
-        resized = resize_low(to_model(small[None]), size)
+    def apply(x: Array, t: Array) -> Any:
+        return upsampler.apply({"params": params}, x, t, resized)
 
-        def apply(x: Array, t: Array) -> Array:
-            return upsampler.apply({"params": params}, x, t, resized)
-
-        denoise = _clipped(config.diffusion, gaussian.denoiser(config.diffusion, schedule, apply))
-        own = _stage_keys(key[None], UPSAMPLER + size)
-        x = samplers.initial_noise(own, (size, size, 3))
-        step = _step(sampler, schedule, config.diffusion, eta)
-        return to_pixels(samplers.run(step, denoise, own, x, table))[0]
-
-    return jax.lax.map(one, (keys, low))
+    denoise = _clipped(config.diffusion, gaussian.denoiser(config.diffusion, schedule, apply))
+    own = _stage_keys(keys, UPSAMPLER + size)
+    x = samplers.initial_noise(own, (size, size, 3))
+    return to_pixels(samplers.run(_step(sampler, schedule, config.diffusion, eta), denoise, own, x, table))
 
 
 class Options(NamedTuple):
@@ -190,6 +196,9 @@ class Options(NamedTuple):
     prior_steps: int | None = None
     prior_guidance: float | None = None
     candidates: int = 2
+
+
+RECOMMENDED = Options()
 
 
 def check(cascade: Cascade, options: Options) -> int:
@@ -212,41 +221,51 @@ def check(cascade: Cascade, options: Options) -> int:
     return size
 
 
+def check_seeds(first: int, last: int) -> None:
+    """ValueError where the seeds from first to last are not all 32-bit numbers."""
+    if first < 0 or last >= 2**32:
+        raise ValueError(f"seeds must lie between 0 and {2**32 - 1}, not {first if first < 0 else last}")
+
+
 def generate(
     cascade: Cascade,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | str,
     seeds: Sequence[int] | int = 0,
-    options: Options = Options(),
+    options: Options = RECOMMENDED,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> UInt8[np.ndarray, "b h w 3"]:
     """Pictures of prompts, uint8 [b size size 3].
 
-    seeds: one per prompt, or the first of consecutive ones. progress: called with each stage's name as it begins.
-    Raises ValueError for options that make no sense.
+    seeds: one per prompt, or the first of consecutive ones. progress: called with a stage's name as it begins, by
+    upsamplers for every picture. Raises ValueError for options that make no sense.
     """
     size = check(cascade, options)
-    seeds = range(seeds, seeds + len(prompts)) if isinstance(seeds, int) else seeds
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    seeds = list(range(seeds, seeds + len(prompts)) if isinstance(seeds, int) else seeds)
+    if not prompts or len(seeds) != len(prompts):
+        raise ValueError(f"pictures need a prompt and a seed each, not {len(prompts)} prompts and {len(seeds)} seeds")
+    check_seeds(min(seeds), max(seeds))
     pictures = []
     for start in range(0, len(prompts), BUCKETS[-1]):
         part = slice(start, start + BUCKETS[-1])
-        pictures.append(_generate_batch(cascade, prompts[part], list(seeds)[part], options, size, progress))
+        pictures.append(_generate_batch(cascade, prompts[part], seeds[part], options, size, progress))
     return np.concatenate(pictures)
 
 
 def _generate_batch(
-    cascade: Cascade, prompts: Sequence[str], seeds: Sequence[int], options: Options, size: int, progress: Callable
+    cascade: Cascade, prompts: list[str], seeds: list[int], options: Options, size: int, progress: Callable
 ) -> UInt8[np.ndarray, "b h w 3"]:
     count = len(prompts)
     padding = next(bucket for bucket in BUCKETS if bucket >= count) - count
-    prompts, seeds = [*prompts, *[""] * padding], [*seeds, *[0] * padding]
-    keys = jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+    keys = jax.vmap(jax.random.key)(np.asarray([*seeds, *[0] * padding], np.uint32))
     progress("text")
-    text, null = encode_prompts(cascade, prompts), encode_prompts(cascade, [""])
+    text, null = encode_prompts(cascade, [*prompts, *[""] * padding]), encode_prompts(cascade, [""])
     progress("prior")
-    embedding = prior_embeddings(cascade, keys, text, null, options)
-    progress(f"decoder {cascade.decoder.config.network.size} px")
-    pictures = decode_embeddings(cascade, keys, embedding, text, options)
-    return finish(cascade, keys, pictures, size, progress)[:count]
+    # Each stage is awaited, so that progress names the one at work.
+    embedding = jax.block_until_ready(prior_embeddings(cascade, keys, text, null, options))
+    progress(f"decoder {cascade.sizes[0]} px")
+    pictures = jax.block_until_ready(decode_embeddings(cascade, keys, embedding, text, options))
+    return finish(cascade, keys[:count], pictures[:count], size, progress)
 
 
 def encode_prompts(cascade: Cascade, prompts: Sequence[str]) -> Text:
@@ -289,13 +308,16 @@ def finish(
     cascade: Cascade, keys: Keys, pictures: Array, size: int, progress: Callable[[str], None] = lambda stage: None
 ) -> UInt8[np.ndarray, "b h w 3"]:
     """The tail that every generation and every edit shares: upsamplers in turn until `size` is reached."""
-    for network in cascade.upsamplers:
+    for network, side in zip(cascade.upsamplers, cascade.sizes[1:], strict=True):
         if pictures.shape[1] >= size:
             break
         advice = network.config.sample
-        progress(f"upsampler {network.config.network.size} px")
         table = table_of(network.config, advice.steps)
-        pictures = upsample(
-            network.config, advice.sampler, network.params, keys, pictures, table, np.float32(advice.eta)
-        )
+        enlarge, larger = partial(upsample, network.config, advice.sampler, network.params), []
+        # One picture at a time: memory does not grow with their number, and any number shares one program.
+        for row in range(len(pictures)):
+            progress(f"upsampler {side} px")
+            one = slice(row, row + 1)
+            larger.append(jax.block_until_ready(enlarge(keys[one], pictures[one], table, np.float32(advice.eta))))
+        pictures = jnp.concatenate(larger)
     return np.asarray(pictures)

@@ -161,8 +161,9 @@ class Log:
     def pictures(self, step: int, samples: np.ndarray, batch: Batch) -> None:
         """Writes a grid: samples, with the true pictures beside them, four pairs to a row."""
         pairs = np.concatenate([samples, np.asarray(batch.image)], axis=2)
-        pairs = pairs[: len(pairs) // 4 * 4]
-        rows = [np.concatenate(list(row), axis=1) for row in pairs.reshape(-1, 4, *pairs.shape[1:])]
+        columns = min(4, len(pairs))
+        pairs = pairs[: len(pairs) // columns * columns]
+        rows = [np.concatenate(list(row), axis=1) for row in pairs.reshape(-1, columns, *pairs.shape[1:])]
         path = self.folder / "samples" / f"{step:07d}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(np.concatenate(rows, axis=0)).save(path)

@@ -24,7 +24,7 @@ RESIZES = (Image.Resampling.NEAREST, Image.Resampling.BOX, Image.Resampling.BILI
 
 
 def area_downsample(image: UInt8[np.ndarray, "*b h w 3"], factor: int) -> UInt8[np.ndarray, "*b p q 3"]:
-    """Mean over blocks of factor x factor pixels, rounded to the nearest level; ValueError where sides do not divide."""
+    """Mean over blocks of factor x factor pixels, rounded to a level; ValueError where the sides do not divide."""
     *lead, height, width, channels = image.shape
     if factor < 1 or height % factor or width % factor:
         raise ValueError(f"a picture of {height} x {width} pixels cannot be reduced by a factor of {factor}")
@@ -49,8 +49,8 @@ def gaussian_blur(image: UInt8[np.ndarray, "h w 3"], kernel: int = 3, sigma: flo
     taps = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2).astype(np.float32)
     taps /= taps.sum()
     x = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="reflect").astype(np.float32)
-    x = sum(tap * x[i : i + height] for i, tap in enumerate(taps))
-    x = sum(tap * x[:, i : i + width] for i, tap in enumerate(taps))
+    x = np.add.reduce([tap * x[i : i + height] for i, tap in enumerate(taps)])
+    x = np.add.reduce([tap * x[:, i : i + width] for i, tap in enumerate(taps)])
     return _to_uint8(x)
 
 
@@ -68,8 +68,8 @@ def bsr(image: UInt8[np.ndarray, "h w 3"], factor: int, rng: np.random.Generator
     steps: tuple[Step, ...] = (
         lambda x: _blur(x, rng),
         lambda x: _resize(x, middle, RESIZES[rng.integers(len(RESIZES))]),
-        lambda x: _to_uint8(x + _noise(x.shape, rng)),
-        lambda x: _to_uint8(x * (1 + _noise((*x.shape[:2], 1), rng) / 255)),
+        lambda x: _to_uint8(x + _noise(x, int(rng.choice((1, 3))), rng)),
+        lambda x: _to_uint8(x * (1 + _noise(x, 1, rng) / 255)),
         lambda x: _jpeg(x, int(rng.integers(*BSR_QUALITY, endpoint=True))),
     )
     for i in rng.permutation(len(steps)):
@@ -94,8 +94,8 @@ def _to_uint8(x: Float[np.ndarray, "*s"]) -> UInt8[np.ndarray, "*s"]:
     return np.clip(np.rint(x), 0, 255).astype(np.uint8)
 
 
-def _noise(shape: tuple[int, ...], rng: np.random.Generator) -> Float[np.ndarray, "h w c"]:
-    return np.float32(rng.uniform(*BSR_NOISE)) * rng.standard_normal(shape, np.float32)
+def _noise(x: UInt8[np.ndarray, "h w 3"], channels: int, rng: np.random.Generator) -> Float[np.ndarray, "h w c"]:
+    return np.float32(rng.uniform(*BSR_NOISE)) * rng.standard_normal((*x.shape[:2], channels), np.float32)
 
 
 def _blur(x: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
@@ -114,7 +114,8 @@ def _blur(x: UInt8[np.ndarray, "h w 3"], rng: np.random.Generator) -> UInt8[np.n
 def _resize(
     x: UInt8[np.ndarray, "h w 3"], size: tuple[int, int], kernel: Image.Resampling
 ) -> UInt8[np.ndarray, "p q 3"]:
-    return np.asarray(Image.fromarray(x).resize(size[::-1], kernel))
+    height, width = size
+    return np.asarray(Image.fromarray(x).resize((width, height), kernel))
 
 
 def _jpeg(x: UInt8[np.ndarray, "h w 3"], quality: int) -> UInt8[np.ndarray, "h w 3"]:

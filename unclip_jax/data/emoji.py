@@ -104,6 +104,8 @@ class Scenes:
         unknown = [name for name in self.backgrounds if name not in BACKGROUNDS]
         if unknown:
             raise ValueError(f"no background is called {unknown[0]!r}; there are {', '.join(BACKGROUNDS)}")
+        if self.group > 1 and (len(self.concepts) < 3 or len(self.backgrounds) < 2):
+            raise ValueError("groups need three concepts and two backgrounds, so that either can be changed")
 
     def __getitem__(self, index: int) -> Scene:
         """Scene number `index`, always the same."""

@@ -1,6 +1,6 @@
 """Batches by step number: record i of step s is a pure function of (config, s, i), so a position is one integer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import SupportsIndex
 
 import grain
@@ -83,7 +83,7 @@ def _crop(rng: np.random.Generator, item: tuple, size: int, side: int, factor: i
     return Window(corner[0], corner[1], side)
 
 
-def _stack(records: list[dict[str, np.ndarray]]) -> Batch:
+def _stack(records: Sequence[dict[str, np.ndarray]]) -> Batch:
     columns = {name: np.stack([record[name] for record in records]) for name in records[0]}
     return Batch(columns["image"], columns["tokens"], columns["mask"], columns.get("low"))  # type: ignore[arg-type]
 

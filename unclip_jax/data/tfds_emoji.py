@@ -53,13 +53,21 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
+    # The inherited one needs `importlib_resources`, which tensorflow-datasets does not install.
+    code_path = tfds.core.Path(__file__)
     BUILDER_CONFIGS = [_config(64), _config(256), _config(1024)]
 
     def __init__(self, *, file_format: str = "array_record", **options: Any) -> None:
         super().__init__(file_format=file_format, **options)
 
+    @property
+    def settings(self) -> EmojiScenesConfig:
+        """The builder's config, which is one of this file's."""
+        assert isinstance(self.builder_config, EmojiScenesConfig)
+        return self.builder_config
+
     def _info(self) -> tfds.core.DatasetInfo:
-        text, number, size = tfds.features.Text(), np.int32, self.builder_config.size
+        text, number, size = tfds.features.Text(), np.int32, self.settings.size
         features = tfds.features.FeaturesDict(
             {
                 "index": np.int64,
@@ -83,12 +91,12 @@ class EmojiScenes(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        config = self.builder_config
+        config = self.settings
         splits: dict[Split, int] = {"train": config.train, "held_out": config.held_out}
         return {split: self._generate_examples(split, examples) for split, examples in splits.items()}
 
     def _generate_examples(self, split: Split, examples: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        config = self.builder_config
+        config = self.settings
         scenes = Scenes(config.concepts, config.backgrounds, config.single_fraction, config.seed, split)
         renderer = Renderer()
         for index in range(examples):
@@ -173,5 +181,5 @@ def data_source(
 
     folder: the builder's `data_dir`. tokenizer: by default that of the config's captions.
     """
-    examples = tfds.builder_from_directory(str(folder)).as_data_source(split=split)
-    return StoredScenes(examples, config, tokenizer or tokenizer_of(config))
+    builder: Any = tfds.builder_from_directory(str(folder))
+    return StoredScenes(builder.as_data_source(split), config, tokenizer or tokenizer_of(config))

@@ -79,6 +79,7 @@ class ClipTokenizer:
 
     def pieces(self, text: str) -> list[int]:
         """The text's ids without start, end or padding."""
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
         ids = clip_encoding().encode(text, add_special_tokens=False).ids
         return [compact for index in ids for compact in self._spell(index)] if self.kept else ids
 

@@ -2,6 +2,7 @@
 
 import csv
 from functools import cache
+from hashlib import sha256
 from importlib.resources import files
 from typing import NamedTuple
 
@@ -79,6 +80,22 @@ def concept(name: str) -> Concept:
 
     near = get_close_matches(name, [*SHIPPED, *table.values()], n=3)
     raise ValueError(f"no drawing is called {name!r}; the nearest are {', '.join(near) or 'none'}")
+
+
+@cache
+def distinct_concepts(hexcodes: tuple[str, ...] = ()) -> tuple[Concept, ...]:
+    """The drawings, by default all without skin tone, less those that look at 64 px exactly like one before them.
+
+    Their hexcodes are unique, their names are not. Rasterises each of them once per process: some 10 s for all.
+    """
+    from unclip_jax.data.emoji import artwork, rasterise  # scenes are made of this module's concepts
+
+    first: dict[bytes, str] = {}
+    for hexcode in hexcodes or openmoji_table():
+        picture = rasterise(artwork(hexcode), 64)
+        visible = picture * (picture[..., 3:] > 0)  # what is transparent has no colour
+        first.setdefault(sha256(visible.tobytes()).digest(), hexcode)
+    return tuple(concept(hexcode) for hexcode in first.values())
 
 
 def concepts(names: tuple[str, ...] = ()) -> tuple[Concept, ...]:

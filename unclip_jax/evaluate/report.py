@@ -17,7 +17,7 @@ GAP = 4  # white pixels between the pictures of a sheet
 
 
 class Report(NamedTuple):
-    """figures: what was measured. rows: pictures to look at, uint8 [c h w 3] each, side by side in a row of the sheet."""
+    """figures: what was measured. rows: of the sheet, uint8 [c h w 3] each, pictures that belong side by side."""
 
     figures: Figures
     rows: tuple[UInt8[np.ndarray, "c h w 3"], ...] = ()
@@ -32,8 +32,8 @@ def table(figures: Figures) -> str:
     return "\n".join("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)
 
 
-def contact_sheet(rows: Sequence[UInt8[np.ndarray, "c h w 3"]]) -> UInt8[np.ndarray, "h w 3"]:
-    """Rows of pictures below each other on white."""
+def contact_sheet(rows: Sequence[UInt8[np.ndarray, "_ _ _ 3"]]) -> UInt8[np.ndarray, "h w 3"]:
+    """Rows of pictures, uint8 [c h w 3] each, below each other on white."""
     sizes = [(row.shape[1] + GAP, row.shape[0] * (row.shape[2] + GAP)) for row in rows]
     sheet = np.full((sum(h for h, _ in sizes) + GAP, max(w for _, w in sizes) + GAP, 3), 255, np.uint8)
     top = GAP

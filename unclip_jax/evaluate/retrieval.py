@@ -10,13 +10,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
-from unclip_jax import generate
 from unclip_jax.cascade import tokenizer_from
 from unclip_jax.checkpoint.safetensors import Network
 from unclip_jax.config import ClipConfig, TrainConfig
 from unclip_jax.data.emoji import OPPOSITE, Renderer, Scene, Scenes
 from unclip_jax.data.loader import scenes_of
 from unclip_jax.evaluate.report import Figures, Report
+from unclip_jax.generate import RECOMMENDED, Options, Text, encode, picture_keys, sample_prior, table_of
 from unclip_jax.models.prior import Whitening
 from unclip_jax.stages import encode_image
 
@@ -38,7 +38,7 @@ def top1(queries: Float[np.ndarray, "s n z"], keys: Float[np.ndarray, "s n z"]) 
     return float((right > np.where(own, -np.inf, similarity).max(-1)).mean())
 
 
-def mean_cosine(a: Float[np.ndarray, "*b z"], b: Float[np.ndarray, "*b z"]) -> float:
+def mean_cosine(a: Float[np.ndarray, "*#b z"], b: Float[np.ndarray, "*#b z"]) -> float:
     """Mean cosine of the angle between vectors, row by row; either side may be broadcast."""
     return float((_unit(a) * _unit(b)).sum(-1).mean())
 
@@ -66,7 +66,7 @@ def distinct_sets(scenes: Scenes, sets: int, size: int = SET) -> list[tuple[Scen
     index = 0
     for _ in range(sets):
         chosen: dict[tuple, Scene] = {}
-        last = index + 100 * size
+        last = index + 20 * size
         while len(chosen) < size:
             if index == last:
                 raise ValueError(f"these concepts make fewer than {size} held-out scenes that differ")
@@ -106,10 +106,10 @@ def hard_sets(scenes: Scenes, kinds: Sequence[str], sets: int) -> list[tuple[Sce
     return found
 
 
-def encode_captions(clip: Network, captions: Sequence[str]) -> generate.Text:
+def encode_captions(clip: Network, captions: Sequence[str]) -> Text:
     """Captions through CLIP's own tokenizer and text tower."""
     tokens = tokenizer_from(clip).encode(list(captions))
-    return generate.encode(clip.config, clip.params, tokens.ids, tokens.mask)
+    return encode(clip.config, clip.params, tokens.ids, tokens.mask)
 
 
 def embed_pictures(clip: Network, pictures: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b z"]:
@@ -160,9 +160,7 @@ def hard_figures(
     return figures
 
 
-def prior_report(
-    clip: Network, prior: Network, sets: int = 4, seed: int = 0, options: generate.Options = generate.Options()
-) -> Report:
+def prior_report(clip: Network, prior: Network, sets: int = 4, seed: int = 0, options: Options = RECOMMENDED) -> Report:
     """Top 1 of 64 held-out pictures by the prior's embedding of each caption, and its cosine to the true embedding.
 
     Beside them the same of the text embedding, of another caption's prior embedding and of the mean image embedding.
@@ -172,7 +170,7 @@ def prior_report(
     rows = []
     for number, scenes in enumerate(tqdm(chosen, desc=f"sets of {SET}", unit="set", dynamic_ncols=True)):
         text = encode_captions(clip, [scene.caption for scene in scenes])
-        keys = generate.picture_keys(seed + number * SET, len(scenes))
+        keys = picture_keys(seed + number * SET, len(scenes))
         made = _prior_embeddings(clip, prior, keys, text, options)
         true = embed_pictures(clip, np.stack([renderer.render(scene) for scene in scenes]))
         rows.append((made, _unit(np.asarray(text.embedding)), true))
@@ -190,13 +188,13 @@ def prior_report(
 
 
 def _prior_embeddings(
-    clip: Network, prior: Network, keys: jax.Array, text: generate.Text, options: generate.Options
+    clip: Network, prior: Network, keys: jax.Array, text: Text, options: Options
 ) -> Float[np.ndarray, "b z"]:
     advice = prior.config.sample
     guidance = advice.guidance if options.prior_guidance is None else options.prior_guidance
-    drawn = generate.sample_prior(
+    drawn = sample_prior(
         prior.config, advice.sampler, options.candidates, prior.params, Whitening(**prior.constants["whitening"]),
-        keys, text, encode_captions(clip, [""]), generate.table_of(prior.config, options.prior_steps or advice.steps),
+        keys, text, encode_captions(clip, [""]), table_of(prior.config, options.prior_steps or advice.steps),
         np.full((len(keys),), guidance, np.float32), np.float32(advice.eta),
     )  # fmt: skip
     return np.asarray(drawn)

@@ -7,22 +7,21 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
-from unclip_jax import generate
 from unclip_jax.checkpoint.safetensors import Network
 from unclip_jax.config import UpsamplerConfig
 from unclip_jax.data.degrade import degrade
 from unclip_jax.data.emoji import Renderer, Scene, Window
 from unclip_jax.data.loader import scenes_of
 from unclip_jax.evaluate.report import Report
+from unclip_jax.generate import picture_keys, table_of, upsample
 from unclip_jax.models.upsampler import resize_low
 from unclip_jax.stages import to_model, to_pixels
 
-BATCH = 4
 SHOWN = 6  # rows of the sheet per upsampler
 TILE = 256  # side of its pictures; larger ones are cut around an object
 
 
-def psnr(a: UInt8[np.ndarray, "*b h w 3"], b: UInt8[np.ndarray, "*b h w 3"]) -> Float[np.ndarray, "*b"]:
+def psnr(a: UInt8[np.ndarray, "*#b h w 3"], b: UInt8[np.ndarray, "*#b h w 3"]) -> Float[np.ndarray, "*b"]:
     """Peak signal-to-noise ratio of bytes in dB, over all pixels and channels of each picture; inf where equal."""
     error = np.square(a.astype(np.float64) - b).mean((-3, -2, -1))
     with np.errstate(divide="ignore"):
@@ -36,10 +35,10 @@ def bicubic(low: UInt8[Array, "b k k 3"], size: int) -> UInt8[Array, "b h w 3"]:
 
 
 def object_window(scene: Scene, size: int, side: int) -> Window:
-    """A window of `side` pixels inside a picture of `size`, as centred on the scene's first object as it can be."""
+    """A window of `side` pixels inside a picture of `size`, around the upper left quarter of its first object, where the outlines are."""
     item = scene.items[0]
     scale = size // 64
-    x, y = (int(np.clip((start + item.side / 2) * scale - side / 2, 0, size - side)) for start in (item.x, item.y))
+    x, y = (int(np.clip((start + item.side / 4) * scale - side / 2, 0, size - side)) for start in (item.x, item.y))
     return Window(x, y, side)
 
 
@@ -52,29 +51,23 @@ def upsampler_report(upsampler: Network, count: int = 32, seed: int = 0) -> Repo
     assert isinstance(config, UpsamplerConfig)
     scenes, renderer = scenes_of(upsampler.config.data, "held_out"), Renderer()
     advice = upsampler.config.sample
-    steps = generate.table_of(upsampler.config, advice.steps)
+    steps = table_of(upsampler.config, advice.steps)
     scores, rows = [], []
     name = f"{config.low_size} to {config.size} px"
-    for start in tqdm(range(0, count, BATCH), desc=name, unit="batch", dynamic_ncols=True):
-        part = [scenes[index] for index in range(start, start + BATCH)]
-        true = np.stack([renderer.render(scene, config.size) for scene in part])
-        low = np.stack([
-            degrade(config.degradation, picture, config.size // config.low_size, np.random.default_rng([seed, start + i]))
-            for i, picture in enumerate(true)
-        ])  # fmt: skip
-        keys = generate.picture_keys(seed + start, BATCH)
-        drawn = generate.upsample(
-            upsampler.config, advice.sampler, upsampler.params, keys, low, steps, np.float32(advice.eta)
-        )
-        both = np.asarray(bicubic(low, config.size)), np.asarray(drawn)
-        scores.append([psnr(picture, true) for picture in both])
-        if len(rows) < SHOWN:
-            side = min(config.size, TILE)
-            for scene, *pictures in zip(part, *both, true, strict=True):
-                x, y, _ = object_window(scene, config.size, side)
-                rows.append(np.stack([picture[y : y + side, x : x + side] for picture in pictures]))
-    flat, sharp = np.concatenate(scores, axis=1)[:, :count]
+    for index in tqdm(range(count), desc=name, unit="picture", dynamic_ncols=True):
+        scene = scenes[index]
+        true = renderer.render(scene, config.size)
+        rng = np.random.default_rng([seed, index])
+        low = degrade(config.degradation, true, config.size // config.low_size, rng)[None]
+        keys = picture_keys(seed + index, 1)
+        drawn = upsample(upsampler.config, advice.sampler, upsampler.params, keys, low, steps, np.float32(advice.eta))
+        three = np.stack([np.asarray(bicubic(low, config.size))[0], np.asarray(drawn)[0], true])
+        scores.append(psnr(three[:2], true))
+        if index < SHOWN:
+            x, y, side = object_window(scene, config.size, min(config.size, TILE))
+            rows.append(three[:, y : y + side, x : x + side])
+    flat, sharp = np.stack(scores, axis=1)
     columns = {"bicubic dB": flat, "upsampler dB": sharp, "gain dB": sharp - flat}
     figures = {column: float(values.mean()) for column, values in columns.items()}
     figures["smallest gain dB"] = float((sharp - flat).min())
-    return Report({f"{name}, {config.degradation}": figures}, tuple(rows[: min(SHOWN, count)]))
+    return Report({f"{name}, {config.degradation}": figures}, tuple(rows))

@@ -1,0 +1,109 @@
+"""`unclip evaluate`: loads what an evaluation needs, prints its table, writes its figures and its sheet."""
+
+import shlex
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from unclip_jax import compile_cache
+from unclip_jax.cascade import SHIPPED, load_cascade, load_checked, load_clip
+from unclip_jax.checkpoint.schema import CheckpointError
+from unclip_jax.config import PriorConfig, UpsamplerConfig
+from unclip_jax.evaluate.report import Figures, Report, table, write
+from unclip_jax.generate import Options, check_seeds
+
+SILENT = ("run", "rest", "debug", "command", "what")
+
+
+def evaluate_to_files(options: Namespace) -> None:
+    """Runs one evaluation, prints its table and writes what the options ask for.
+
+    Raises ValueError or CheckpointError in one sentence where an option or a weights file cannot be used.
+    """
+    if options.n is not None and options.n < 1:
+        raise ValueError(f"n must be at least 1, not {options.n}")
+    if options.large < 0:
+        raise ValueError(f"large must not be negative, but is {options.large}")
+    check_seeds(options.seed, options.seed + (options.n or 0))
+    compile_cache.enable()
+    start = time.perf_counter()
+    report, weights = _evaluate(options, options.weights or SHIPPED)
+    facts: dict[str, Any] = {
+        "what": options.what,
+        "command": command_line(options),
+        "weights": weights,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    print(table(report.figures))
+    write(report, facts, options.out, options.pictures)
+
+
+def command_line(options: Namespace) -> str:
+    """The command that these options came from."""
+    words = ["unclip", "evaluate", options.what]
+    for name, value in vars(options).items():
+        if name not in SILENT and value is not None and value is not False:
+            option = f"--{name.replace('_', '-')}"
+            words += [option] if value is True else [option, str(value)]
+    return shlex.join(words)
+
+
+def _evaluate(options: Namespace, folder: Path) -> tuple[Report, dict[str, str]]:
+    """The report of one evaluation and the digests of the networks that it used."""
+    match options.what:
+        case "scenes":
+            return _scenes(options, folder)
+        case "clip":
+            from unclip_jax.evaluate.retrieval import clip_report
+
+            clip = load_clip(folder)
+            return clip_report(clip, options.n or 8), {"clip": clip.digest}
+        case "prior":
+            from unclip_jax.evaluate.retrieval import prior_report
+
+            clip = load_clip(folder)
+            prior = load_checked(folder / "prior.safetensors", PriorConfig, clip)
+            report = prior_report(clip, prior, options.n or 4, options.seed, _sampling(options))
+            return report, {"clip": clip.digest, "prior": prior.digest}
+        case _:
+            return _upsamplers(options, folder)
+
+
+def _scenes(options: Namespace, folder: Path) -> tuple[Report, dict[str, str]]:
+    from unclip_jax.evaluate.faithfulness import Faithfulness, faithfulness_report, truth_report
+
+    count = options.n or 256
+    if options.truth:
+        return truth_report(count, options.shuffle), {}
+    cascade = load_cascade(folder)
+    task = Faithfulness(count, options.large, options.shuffle, options.true_embedding, options.seed, _sampling(options))
+    return faithfulness_report(cascade, task), {"cascade": cascade.digest}
+
+
+def _upsamplers(options: Namespace, folder: Path) -> tuple[Report, dict[str, str]]:
+    from unclip_jax.evaluate.upsampling import upsampler_report
+
+    paths = sorted(folder.glob("upsampler_*.safetensors"))
+    if not paths:
+        raise CheckpointError(f"there is no upsampler_<size>.safetensors in '{folder}': check --weights")
+    networks = {path.stem: load_checked(path, UpsamplerConfig) for path in paths}
+    networks = dict(sorted(networks.items(), key=lambda pair: pair[1].config.network.size))  # type: ignore[union-attr]
+    figures: Figures = {}
+    rows = []
+    for network in networks.values():
+        report = upsampler_report(network, options.n or 32, options.seed)
+        figures |= report.figures
+        rows += report.rows
+    return Report(figures, tuple(rows)), {name: network.digest for name, network in networks.items()}
+
+
+def _sampling(options: Namespace) -> Options:
+    return Options(
+        sampler=options.sampler,
+        steps=options.steps,
+        guidance=options.guidance,
+        prior_steps=options.prior_steps,
+        prior_guidance=options.prior_guidance,
+        candidates=options.candidates,
+    )

@@ -1,0 +1,123 @@
+"""Does a cascade draw what held-out captions of two objects say? Pictures drawn here, scored by `scenes`."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from unclip_jax.cascade import Cascade
+from unclip_jax.data.degrade import area_downsample
+from unclip_jax.data.emoji import UNIT, Renderer, Scene, Scenes
+from unclip_jax.evaluate.report import Figures, Report
+from unclip_jax.evaluate.retrieval import embed_pictures
+from unclip_jax.evaluate.scenes import score, summary
+from unclip_jax.generate import (
+    RECOMMENDED,
+    Options,
+    check,
+    decode_embeddings,
+    encode_prompts,
+    finish,
+    generate,
+    picture_keys,
+)
+
+BATCH = 16
+COLUMNS = 8  # pairs of true and drawn picture in a row of the sheet
+SHOWN = 64
+
+
+class Faithfulness(NamedTuple):
+    """What is measured: so many captions, the first `large` of them at the cascade's largest size too.
+
+    shuffle: also against another scene's caption, which is chance. true_embedding: the decoder is given CLIP's
+    embedding of the true render instead of the prior's. seed: of the first picture; picture i has seed + i.
+    """
+
+    captions: int = 256
+    large: int = 0
+    shuffle: bool = False
+    true_embedding: bool = False
+    seed: int = 0
+    options: Options = RECOMMENDED
+
+
+def two_objects(count: int, names: Sequence[str] = ()) -> list[Scene]:
+    """The first held-out scenes of two objects; names: the concepts, () for the shipped vocabulary."""
+    scenes = Scenes(tuple(names), single_fraction=0.0, split="held_out")
+    return [scenes[index] for index in range(count)]
+
+
+def figures_of(
+    pictures: UInt8[np.ndarray, "b h w 3"], scenes: Sequence[Scene], renderer: Renderer, name: str, shuffle: bool
+) -> Figures:
+    """Scores of 64 px pictures against their scenes and, beside them, against the next picture's."""
+    figures: Figures = {name: summary(score(pictures, scenes, renderer))}
+    if shuffle:
+        figures[f"{name}, shuffled captions"] = summary(score(pictures, [*scenes[1:], scenes[0]], renderer))
+    return figures
+
+
+def truth_report(count: int, shuffle: bool = False, names: Sequence[str] = ()) -> Report:
+    """The scorer's own check: true renders, which should score 1."""
+    scenes, renderer = two_objects(count, names), Renderer()
+    true = np.stack([renderer.render(scene) for scene in scenes])
+    return Report(figures_of(true, scenes, renderer, "true renders", shuffle), sheet_rows(true, true))
+
+
+def faithfulness_report(cascade: Cascade, task: Faithfulness) -> Report:
+    """Scores of one picture per caption, drawn as `unclip sample` does; large ones are reduced by area to 64 px."""
+    check(cascade, task.options)
+    scenes, renderer = two_objects(task.captions, cascade.clip.extra.get("concepts", ())), Renderer()
+    true = np.stack([renderer.render(scene) for scene in scenes])
+    parts = tqdm(_parts(task.captions, BATCH), desc="drawing", unit="batch", dynamic_ncols=True)
+    drawn = np.concatenate([_draw(cascade, task, scenes[part], true[part], part) for part in parts])
+    small = _reduced(drawn)
+    figures = figures_of(small, scenes, renderer, f"{drawn.shape[1]} px", task.shuffle)
+    if task.large:
+        size, some = cascade.sizes[-1], list(_parts(min(task.large, task.captions), 1))
+        parts = tqdm(some, desc=f"enlarging to {size} px", unit="picture", dynamic_ncols=True)
+        large = np.concatenate([_reduced(_enlarge(cascade, task, drawn[part], part)) for part in parts])
+        few = scenes[: len(large)]
+        figures |= figures_of(small[: len(large)], few, renderer, f"{drawn.shape[1]} px, first {len(large)}", False)
+        figures |= figures_of(large, few, renderer, f"{size} px, first {len(large)}", task.shuffle)
+    return Report(figures, sheet_rows(true, small))
+
+
+def _parts(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _draw(
+    cascade: Cascade, task: Faithfulness, scenes: Sequence[Scene], true: UInt8[np.ndarray, "b h w 3"], part: slice
+) -> UInt8[np.ndarray, "b h w 3"]:
+    captions, seed = [scene.caption for scene in scenes], task.seed + part.start
+    options = task.options._replace(size=cascade.sizes[0])
+    if not task.true_embedding:
+        return generate(cascade, captions, seed, options)
+    keys = picture_keys(seed, len(captions))
+    text = encode_prompts(cascade, captions)
+    embedding = jnp.asarray(embed_pictures(cascade.clip, true))
+    return np.asarray(decode_embeddings(cascade, keys, embedding, text, options))
+
+
+def _enlarge(
+    cascade: Cascade, task: Faithfulness, drawn: UInt8[np.ndarray, "b h w 3"], part: slice
+) -> UInt8[np.ndarray, "b k k 3"]:
+    keys = picture_keys(task.seed + part.start, len(drawn))
+    return finish(cascade, keys, jnp.asarray(drawn), cascade.sizes[-1])
+
+
+def _reduced(pictures: UInt8[np.ndarray, "b h w 3"]) -> UInt8[np.ndarray, "b k k 3"]:
+    return area_downsample(pictures, pictures.shape[1] // UNIT)
+
+
+def sheet_rows(
+    true: UInt8[np.ndarray, "b h w 3"], drawn: UInt8[np.ndarray, "b h w 3"]
+) -> tuple[UInt8[np.ndarray, "c h w 3"], ...]:
+    """Rows of pairs: what was asked for, what was drawn."""
+    pairs = np.stack([true, drawn], axis=1)[:SHOWN]
+    return tuple(pair.reshape(-1, *pair.shape[2:]) for pair in (pairs[p] for p in _parts(len(pairs), COLUMNS)))

@@ -24,7 +24,7 @@ def get_config() -> TrainConfig:
         diffusion=DiffusionConfig(schedule="linear", prediction="v", timestep_mean=0.5, timestep_scale=1.4),
         sample=SampleConfig(sampler="ddim", steps=6),
         data=DataConfig(size=1024, crop=256, low_size=256, degradation="bsr", batch_size=4, single_fraction=0.5),
-        optim=OptimConfig(learning_rate=1e-3, warmup=100, decay_steps=1900, ema=0.995),
-        steps=2000,
-        preview_every=500,
+        optim=OptimConfig(learning_rate=1e-3, warmup=100, decay_steps=550, ema=0.995),
+        steps=600,
+        preview_every=200,
     )

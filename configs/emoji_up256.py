@@ -24,7 +24,7 @@ def get_config() -> TrainConfig:
         diffusion=DiffusionConfig(prediction="v", timestep_mean=0.5, timestep_scale=1.4),
         sample=SampleConfig(sampler="ddim", steps=8),
         data=DataConfig(size=256, crop=64, low_size=64, degradation="blur", batch_size=16, single_fraction=0.5),
-        optim=OptimConfig(learning_rate=1e-3, warmup=100, decay_steps=2400, ema=0.995),
-        steps=2500,
-        preview_every=500,
+        optim=OptimConfig(learning_rate=1e-3, warmup=100, decay_steps=800, ema=0.995),
+        steps=900,
+        preview_every=300,
     )

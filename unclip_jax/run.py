@@ -1,10 +1,11 @@
 """One training run from a config: its data, its frozen context, its loop, and the weights file that it leaves."""
 
+import hashlib
 from collections.abc import Iterator
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,12 +59,17 @@ def train(
             f"{config.network.vocab_size}: set --network.vocab-size {tokenizer.vocab_size}"
         )
     stage = build(config, None if clip is None else _clip_config(clip))
-    context = {} if clip is None else _context(config, clip, tokenizer)
+    stored = None
+    if clip is not None and isinstance(config.network, PriorConfig):
+        stored = _embed(config.data, clip, tokenizer, config.data.stored or WHITENING_PICTURES, folder)
+    elif config.data.stored:
+        raise ValueError("only priors train on stored embeddings: set --data.stored 0")
+    context = {} if clip is None else _context(clip, tokenizer, stored)
     params = None if init_from is None else _start(init_from, stage.init)
 
     def read(step: int) -> Iterator[Batch]:
-        if config.data.stored and clip is not None:
-            return _stored_batches(config.data, clip, tokenizer, step)
+        if config.data.stored and stored is not None:
+            return _stored_batches(stored, config.data, step)
         return batches(config.data, start=step, tokenizer=tokenizer)
 
     def export(state: TrainState) -> None:
@@ -98,12 +104,12 @@ def _start(path: Path, init: Any) -> Params:
     return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
 
 
-def _context(config: TrainConfig, clip: Network, tokenizer: ClipTokenizer) -> dict[str, Any]:
+def _context(clip: Network, tokenizer: ClipTokenizer, stored: "Stored | None") -> dict[str, Any]:
     """The frozen trees that a prior or decoder reads."""
     context: dict[str, Any] = {"clip": jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), clip.params)}
-    if isinstance(config.network, PriorConfig):
+    if stored is not None:
         empty = tokenizer.encode([""])
-        embeddings = _embed(config.data, clip, tokenizer, WHITENING_PICTURES, "whitening").embedding
+        embeddings = stored.embedding
         # One common scale: whitening every coordinate alone would blow up the empty ones.
         mean, std = embeddings.mean(0), np.full(embeddings.shape[1], embeddings.std(0).mean())
         context["whitening"] = {"mean": mean.astype(np.float32), "std": std.astype(np.float32)}
@@ -111,22 +117,40 @@ def _context(config: TrainConfig, clip: Network, tokenizer: ClipTokenizer) -> di
     return context
 
 
-def _embed(data: DataConfig, clip: Network, tokenizer: ClipTokenizer, pictures: int, what: str) -> Batch:
-    """The first pictures of a source as CLIP embeddings with their tokens; the pictures themselves are dropped."""
+class Stored(NamedTuple):
+    """Pictures as the frozen CLIP sees them: embedding float32 [n z], tokens int32 [n t], mask bool [n t]."""
+
+    embedding: np.ndarray
+    tokens: np.ndarray
+    mask: np.ndarray
+
+
+def _embed(data: DataConfig, clip: Network, tokenizer: ClipTokenizer, pictures: int, folder: Path) -> Stored:
+    """The first pictures of a source, embedded once: later runs on the same CLIP and data read the file."""
+    key = hashlib.sha256(repr((data, pictures, clip.digest)).encode()).hexdigest()[:12]
+    path = folder / f"embeddings-{key}.npz"
+    if path.exists():
+        with np.load(path) as columns:
+            return Stored(**columns)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), clip.params)
     embed = jax.jit(partial(encode_image, _clip_config(clip)))
     rows = []
     total = -(-pictures // data.batch_size)
     reader = islice(batches(data, tokenizer=tokenizer), total)
-    for batch in tqdm(reader, total=total, desc=f"embedding pictures ({what})", unit="batch", dynamic_ncols=True):
-        rows.append(batch._replace(image=np.zeros((len(batch.tokens), 1, 1, 3), np.uint8),
-                                   embedding=np.asarray(embed(params, batch.image))))  # fmt: skip
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
+    for batch in tqdm(reader, total=total, desc="embedding pictures", unit="batch", dynamic_ncols=True):
+        rows.append(Stored(np.asarray(embed(params, batch.image)), np.asarray(batch.tokens), np.asarray(batch.mask)))
+    stored = Stored(*(np.concatenate(column) for column in zip(*rows, strict=True)))
+    folder.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_suffix(".part.npz")
+    np.savez(partial_path, **stored._asdict())
+    partial_path.replace(path)
+    return stored
 
 
-def _stored_batches(data: DataConfig, clip: Network, tokenizer: ClipTokenizer, start: int) -> Iterator[Batch]:
-    """Endless batches of stored embeddings; batch s is a pure function of (seed, s)."""
-    stored = _embed(data, clip, tokenizer, data.stored, "training")
+def _stored_batches(stored: Stored, data: DataConfig, start: int) -> Iterator[Batch]:
+    """Endless batches of stored embeddings, without pictures; batch s is a pure function of (seed, s)."""
+    blank = np.zeros((data.batch_size, 1, 1, 3), np.uint8)
     for step in count(start):
         rows = np.random.default_rng([data.seed, step]).integers(0, len(stored.tokens), data.batch_size)
-        yield jax.tree.map(lambda column, rows=rows: column[rows], stored)
+        chosen = Stored(*(column[rows] for column in stored))
+        yield Batch(blank, chosen.tokens, chosen.mask, embedding=chosen.embedding)  # type: ignore[arg-type]

@@ -7,6 +7,9 @@ decoder    image embedding, caption, noisy 64 px picture -> clean picture      C
 upsamplers small corrupted picture, noisy crop of the large one -> clean crop  -
 """
 
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
@@ -52,12 +55,16 @@ def to_pixels(x: Float[Array, "b h w 3"]) -> UInt8[Array, "b h w 3"]:
     return jnp.round((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
 
+def call(module: nn.Module, params: Params, *arguments: Any, **options: Any) -> Any:
+    """A module applied to its parameters."""
+    return module.apply({"params": params}, *arguments, **options)
+
+
 def encode_image(config: ClipConfig, clip: Params, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b z"]:
     """CLIP's normalised image embeddings, pictures resized to its tower's size where they are not."""
     if image.shape[1] != config.image_size:
         image = to_pixels(resize_low(to_model(image), config.image_size))
-    apply = Clip(config).apply
-    return normalise(apply({"params": clip}, preprocess(config, image), method="encode_image"))
+    return normalise(call(Clip(config), clip, preprocess(config, image), method="encode_image"))
 
 
 def clip_stage(config: ClipConfig) -> Stage:
@@ -69,7 +76,7 @@ def clip_stage(config: ClipConfig) -> Stage:
         return clip.init(key, jnp.zeros((1, side, side, 3)), jnp.zeros((1, config.context_length), jnp.int32))["params"]
 
     def loss(params: Params, context: Params, batch: Batch, key: PRNGKey):
-        image, text, scale = clip.apply({"params": params}, preprocess(config, batch.image), batch.tokens)
+        image, text, scale = call(clip, params, preprocess(config, batch.image), batch.tokens)
         logits = scale * jnp.einsum(
             "iz,tz->it", normalise(image), normalise(text.embedding), precision=jax.lax.Precision.HIGHEST
         )
@@ -114,10 +121,9 @@ def prior_stage(config: PriorConfig, diffusion: DiffusionConfig, clip_config: Cl
         drop = jax.random.bernoulli(key_drop, config.text_drop, (len(x0), 1))
         tokens = jnp.where(drop, context["empty"]["tokens"], batch.tokens)
         mask = jnp.where(drop, context["empty"]["mask"], batch.mask)
-        text = Clip(clip_config).apply({"params": context["clip"]}, tokens, method="encode_text")
+        text = call(Clip(clip_config), context["clip"], tokens, method="encode_text")
         t, noise, x_t = _timesteps_and_noise(diffusion, key_diffusion, x0)
-        output = prior.apply(
-            {"params": params}, x_t, t, text.states, mask, text.embedding,
+        output = call(prior, params, x_t, t, text.states, mask, text.embedding,
             deterministic=False, rngs={"dropout": key_dropout},
         )  # fmt: skip
         per_example = gaussian.diffusion_loss(diffusion, schedule, output, x0, x_t, noise, t)
@@ -141,13 +147,11 @@ def decoder_stage(config: DecoderConfig, diffusion: DiffusionConfig, clip_config
         if embedding is None:
             embedding = encode_image(clip_config, context["clip"], batch.image)
         if config.text_encoder is None:
-            text = Clip(clip_config).apply({"params": context["clip"]}, batch.tokens, method="encode_text")
+            text = call(Clip(clip_config), context["clip"], batch.tokens, method="encode_text")
             states, pooled = text
         else:
-            states, pooled = decoder.apply({"params": params}, batch.tokens, batch.mask, method="encode_text")
-        return decoder.apply(
-            {"params": params}, embedding, states, batch.mask, pooled, keep_image, keep_text, method="condition"
-        )
+            states, pooled = call(decoder, params, batch.tokens, batch.mask, method="encode_text")
+        return call(decoder, params, embedding, states, batch.mask, pooled, keep_image, keep_text, method="condition")
 
     def loss(params: Params, context: Params, batch: Batch, key: PRNGKey):
         key_image, key_text, key_diffusion, key_dropout = jax.random.split(key, 4)
@@ -157,7 +161,7 @@ def decoder_stage(config: DecoderConfig, diffusion: DiffusionConfig, clip_config
         told = condition(params, context, batch, keep_image, keep_text)
         x0 = to_model(batch.image)
         t, noise, x_t = _timesteps_and_noise(diffusion, key_diffusion, x0)
-        output = decoder.apply({"params": params}, x_t, t, told, deterministic=False, rngs={"dropout": key_dropout})
+        output = call(decoder, params, x_t, t, told, deterministic=False, rngs={"dropout": key_dropout})
         per_example = gaussian.diffusion_loss(diffusion, schedule, output, x0, x_t, noise, t)
         # Where almost nothing is left of the picture, only the conditions can lower the loss.
         noisy = t >= 0.9 * diffusion.steps
@@ -166,7 +170,7 @@ def decoder_stage(config: DecoderConfig, diffusion: DiffusionConfig, clip_config
     def preview(params: Params, context: Params, batch: Batch, keys: Keys) -> UInt8[Array, "b h w 3"]:
         keep = jnp.ones((len(batch.image),), bool)
         told = condition(params, context, batch, keep, keep)
-        denoise = gaussian.denoiser(diffusion, schedule, lambda x, t: decoder.apply({"params": params}, x, t, told))
+        denoise = gaussian.denoiser(diffusion, schedule, lambda x, t: call(decoder, params, x, t, told))
         return _preview(diffusion, denoise, keys, batch.image.shape[1:])
 
     return Stage(init, loss, preview)
@@ -188,13 +192,13 @@ def upsampler_stage(config: UpsamplerConfig, diffusion: DiffusionConfig) -> Stag
         key_diffusion, key_dropout = jax.random.split(key)
         x0, low = to_model(batch.image), resized(batch)
         t, noise, x_t = _timesteps_and_noise(diffusion, key_diffusion, x0)
-        output = upsampler.apply({"params": params}, x_t, t, low, deterministic=False, rngs={"dropout": key_dropout})
+        output = call(upsampler, params, x_t, t, low, deterministic=False, rngs={"dropout": key_dropout})
         per_example = gaussian.diffusion_loss(diffusion, schedule, output, x0, x_t, noise, t)
         return per_example.mean(), {}
 
     def preview(params: Params, context: Params, batch: Batch, keys: Keys) -> UInt8[Array, "b h w 3"]:
         low = resized(batch)
-        denoise = gaussian.denoiser(diffusion, schedule, lambda x, t: upsampler.apply({"params": params}, x, t, low))
+        denoise = gaussian.denoiser(diffusion, schedule, lambda x, t: call(upsampler, params, x, t, low))
         return jnp.concatenate([to_pixels(low), _preview(diffusion, denoise, keys, batch.image.shape[1:])], axis=2)
 
     return Stage(init, loss, preview)

@@ -43,7 +43,7 @@ def init_state(config: TrainConfig, stage: Stage, mesh: Mesh, params: Params | N
 def train_step(
     config: TrainConfig, stage: Stage, state: TrainState, context: Params, batch: Batch, key: PRNGKey
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One update: gradient (averaged over micro-batches), AdamW, EMA; a non-finite gradient changes nothing but counts."""
+    """One update: gradient (averaged over micro-batches), AdamW, EMA; what is not finite only counts."""
     key = jax.random.fold_in(key, state.step)
     gradient = jax.value_and_grad(stage.loss, has_aux=True)
     parts = config.optim.accumulate
@@ -52,16 +52,20 @@ def train_step(
     else:
         pieces = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
 
-        def add(_: None, piece: tuple[Batch, jax.Array]):
-            return None, gradient(state.params, context, piece[0], jax.random.fold_in(key, piece[1]))
+        def add(total: Any, numbered: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+            piece, number = numbered
+            part = gradient(state.params, context, piece, jax.random.fold_in(key, number))
+            return jax.tree.map(jnp.add, total, part), None
 
-        # Summed after the scan: the stack is small beside the activations that accumulation saves.
-        _, stacked = jax.lax.scan(add, None, (pieces, jnp.arange(parts)))
-        (loss, metrics), grads = jax.tree.map(lambda x: x.mean(0), stacked)
+        first = jax.tree.map(lambda x: x[0], pieces)
+        shapes = jax.eval_shape(gradient, state.params, context, first, key)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        total, _ = jax.lax.scan(add, zeros, (pieces, jnp.arange(parts)))
+        (loss, metrics), grads = jax.tree.map(lambda x: x / parts, total)
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     updates, opt_state = optimizer(config.optim, state.params).update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params: Any = optax.apply_updates(state.params, updates)
     ema = ema_update(state.ema, params, state.step, config.optim.ema)
     accepted = state._replace(params=params, ema=ema, opt_state=opt_state, skipped=jnp.zeros_like(state.skipped))
     refused = state._replace(skipped=state.skipped + 1)

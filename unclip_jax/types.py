@@ -50,7 +50,9 @@ class Loss(Protocol):
 
     def __call__(
         self, params: Params, context: Params, batch: Batch, key: Key[Array, ""]
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]: ...
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Loss and metrics of one batch."""
+        ...
 
 
 class Stage(NamedTuple):
@@ -58,7 +60,7 @@ class Stage(NamedTuple):
 
     init: key -> parameters, float32.
     loss: see Loss.
-    preview: (params, context, batch, keys) -> uint8 [b h w 3] pictures for the sample grid, or None where there are none.
+    preview: (params, context, batch, keys) -> uint8 [b h w 3] pictures for the sample grid, or None.
     """
 
     init: Callable[[Key[Array, ""]], Params]

@@ -14,7 +14,7 @@ from unclip_jax.data.vocabulary import (
     openmoji_table,
 )
 
-REQUIRED = "cat dog apple banana car house tree sun star heart fish rocket".split()
+REQUIRED = ["cat", "dog", "apple", "banana", "car", "house", "tree", "sun", "star", "heart", "fish", "rocket"]
 
 
 @pytest.fixture(scope="module")

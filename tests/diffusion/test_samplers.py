@@ -268,7 +268,7 @@ def test_ddpm_steps_are_the_published_schedulers(learned):
     denoise = denoiser(config, SCHEDULE, lambda x, t: jnp.asarray(output))
     name = "ddpm learned" if learned else "ddpm"
     step = jax.jit(lambda state, table: STEPS[name](denoise, state, table, keys))
-    for n, i in [(n, i) for n in (7, 25, 1000) for i in (0, 1, n // 2, n - 2, n - 1)]:
+    for n, i in [(count, i) for count in (7, 25, 1000) for i in (0, 1, count // 2, count - 2, count - 1)]:
         table = step_table(strided_timesteps(n), 1024)
         state = initial_state(jnp.asarray(x))._replace(done=jnp.int32(i))
         noise = np.stack([np.array(jax.random.normal(jax.random.fold_in(key, i + 1), (64,))) for key in keys])

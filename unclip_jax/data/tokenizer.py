@@ -26,7 +26,8 @@ class Tokens(NamedTuple):
 def clip_encoding() -> Tokenizer:
     """OpenAI's tokenizer (49,408 ids), from the merges kept in this package."""
     with (files("unclip_jax.data") / "clip_merges.txt.gz").open("rb") as packed:
-        merges = [tuple(line.split()) for line in gzip.decompress(packed.read()).decode().split("\n")]
+        lines = gzip.decompress(packed.read()).decode().split("\n")
+    merges = [(first, second) for first, second in map(str.split, lines)]
     # The order of OpenAI's table: printable bytes by code point, then the remaining bytes as code points from 256.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(code) for code in printable] + [chr(256 + n) for n in range(256 - len(printable))]
@@ -49,13 +50,19 @@ def clip_encoding() -> Tokenizer:
     return tokenizer
 
 
+@cache
+def clip_vocabulary() -> dict[str, int]:
+    """Ids of OpenAI's tokenizer by word piece."""
+    return clip_encoding().get_vocab()
+
+
 @dataclass(frozen=True)
 class ClipTokenizer:
     """Texts to padded ids.
 
     kept: CLIP ids that keep an id of their own, ascending, the 512 byte ids among them; () keeps all 49,408 ids.
         A word piece outside them is spelled in bytes, so every text can be encoded.
-    Compact ids: 0 is padding, then `kept` in order, then start and end of text (the largest, as CLIP's pooling expects).
+    Compact ids: 0 is padding, then `kept` in order, then start and end of text (the largest: CLIP pools there).
     """
 
     context_length: int = 77
@@ -71,11 +78,11 @@ class ClipTokenizer:
         compact = _compact(self.kept)
         if index in compact:
             return [compact[index]]
-        tokenizer = clip_encoding()
-        word = tokenizer.id_to_token(index)
+        vocabulary = clip_vocabulary()
+        word = clip_encoding().id_to_token(index) or ""
         body, suffix = (word[:-4], "</w>") if word.endswith("</w>") else (word, "")
         letters = [*body[:-1], body[-1] + suffix]
-        return [compact[tokenizer.token_to_id(letter)] for letter in letters]
+        return [compact[vocabulary[letter]] for letter in letters]
 
     def pieces(self, text: str) -> list[int]:
         """The text's ids without start, end or padding."""

@@ -58,8 +58,8 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 @cache
 def openmoji_table() -> dict[str, str]:
     """OpenMoji's annotation of every drawing without skin tone, by hexcode."""
-    with (files("unclip_jax.data") / "openmoji.csv").open(encoding="utf-8", newline="") as table:
-        return {row["hexcode"]: row["annotation"] for row in csv.DictReader(table) if not row["skintone"]}
+    table = (files("unclip_jax.data") / "openmoji.csv").read_text(encoding="utf-8").splitlines()
+    return {row["hexcode"]: row["annotation"] for row in csv.DictReader(table) if not row["skintone"]}
 
 
 def concept(name: str) -> Concept:

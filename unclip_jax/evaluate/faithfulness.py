@@ -11,6 +11,7 @@ from tqdm import tqdm
 from unclip_jax.cascade import Cascade
 from unclip_jax.data.degrade import area_downsample
 from unclip_jax.data.emoji import UNIT, Renderer, Scene, Scenes
+from unclip_jax.data.vocabulary import Concept, concepts
 from unclip_jax.evaluate.report import Figures, Report
 from unclip_jax.evaluate.retrieval import embed_pictures
 from unclip_jax.evaluate.scenes import score, summary
@@ -26,7 +27,8 @@ from unclip_jax.generate import (
 )
 
 BATCH = 16
-COLUMNS = 8  # pairs of true and drawn picture in a row of the sheet
+THINGS, COLUMNS = ("identity", "relation", "background"), ("low", "high", "chance")  # of the scorer's summary
+PAIRS = 8  # pairs of true and drawn picture in a row of the sheet
 SHOWN = 64
 
 
@@ -45,45 +47,60 @@ class Faithfulness(NamedTuple):
     options: Options = RECOMMENDED
 
 
-def two_objects(count: int, names: Sequence[str] = ()) -> list[Scene]:
-    """The first held-out scenes of two objects; names: the concepts, () for the shipped vocabulary."""
-    scenes = Scenes(tuple(names), single_fraction=0.0, split="held_out")
+def two_objects(count: int, concepts: Sequence[Concept]) -> list[Scene]:
+    """The first held-out scenes of two of these concepts."""
+    scenes = Scenes(tuple(concept.name for concept in concepts), single_fraction=0.0, split="held_out")
     return [scenes[index] for index in range(count)]
 
 
-def figures_of(
-    pictures: UInt8[np.ndarray, "b h w 3"], scenes: Sequence[Scene], renderer: Renderer, name: str, shuffle: bool
-) -> Figures:
-    """Scores of 64 px pictures against their scenes and, beside them, against the next picture's."""
-    figures: Figures = {name: summary(score(pictures, scenes, renderer))}
-    if shuffle:
-        figures[f"{name}, shuffled captions"] = summary(score(pictures, [*scenes[1:], scenes[0]], renderer))
-    return figures
+class Judge(NamedTuple):
+    """Scores 64 px pictures among these concepts; with `shuffle` beside them against the next picture's scene."""
+
+    renderer: Renderer
+    concepts: Sequence[Concept]
+    shuffle: bool
+
+    def figures(self, pictures: UInt8[np.ndarray, "b h w 3"], scenes: Sequence[Scene], name: str) -> Figures:
+        """Rows `name, identity`, `name, relation` and `name, background`, with 95% intervals and chance levels."""
+        figures = self._rows(pictures, scenes, name)
+        if self.shuffle:
+            figures |= self._rows(pictures, [*scenes[1:], scenes[0]], f"{name}, shuffled captions")
+        return figures
+
+    def _rows(self, pictures: UInt8[np.ndarray, "b h w 3"], scenes: Sequence[Scene], name: str) -> Figures:
+        found = summary(score(pictures, scenes, self.renderer, self.concepts))
+        return {
+            f"{name}, {thing}": {"right": found[thing]} | {column: found[f"{thing} {column}"] for column in COLUMNS}
+            for thing in THINGS
+            if thing in found
+        }
 
 
 def truth_report(count: int, shuffle: bool = False, names: Sequence[str] = ()) -> Report:
-    """The scorer's own check: true renders, which should score 1."""
-    scenes, renderer = two_objects(count, names), Renderer()
-    true = np.stack([renderer.render(scene) for scene in scenes])
-    return Report(figures_of(true, scenes, renderer, "true renders", shuffle), sheet_rows(true, true))
+    """The scorer's own check: true renders, which should score 1. names: concepts, () for the shipped vocabulary."""
+    judge = Judge(Renderer(), concepts(tuple(names)), shuffle)
+    scenes = two_objects(count, judge.concepts)
+    true = np.stack([judge.renderer.render(scene) for scene in scenes])
+    return Report(judge.figures(true, scenes, "true renders"), sheet_rows(true, true))
 
 
 def faithfulness_report(cascade: Cascade, task: Faithfulness) -> Report:
     """Scores of one picture per caption, drawn as `unclip sample` does; large ones are reduced by area to 64 px."""
     check(cascade, task.options)
-    scenes, renderer = two_objects(task.captions, cascade.clip.extra.get("concepts", ())), Renderer()
-    true = np.stack([renderer.render(scene) for scene in scenes])
+    judge = Judge(Renderer(), concepts(tuple(cascade.clip.extra.get("concepts", ()))), task.shuffle)
+    scenes = two_objects(task.captions, judge.concepts)
+    true = np.stack([judge.renderer.render(scene) for scene in scenes])
     parts = tqdm(_parts(task.captions, BATCH), desc="drawing", unit="batch", dynamic_ncols=True)
     drawn = np.concatenate([_draw(cascade, task, scenes[part], true[part], part) for part in parts])
     small = _reduced(drawn)
-    figures = figures_of(small, scenes, renderer, f"{drawn.shape[1]} px", task.shuffle)
+    figures = judge.figures(small, scenes, f"{drawn.shape[1]} px")
     if task.large:
-        size, some = cascade.sizes[-1], list(_parts(min(task.large, task.captions), 1))
+        size, some = cascade.sizes[-1], _parts(min(task.large, task.captions), 1)
         parts = tqdm(some, desc=f"enlarging to {size} px", unit="picture", dynamic_ncols=True)
         large = np.concatenate([_reduced(_enlarge(cascade, task, drawn[part], part)) for part in parts])
-        few = scenes[: len(large)]
-        figures |= figures_of(small[: len(large)], few, renderer, f"{drawn.shape[1]} px, first {len(large)}", False)
-        figures |= figures_of(large, few, renderer, f"{size} px, first {len(large)}", task.shuffle)
+        few = slice(len(large))
+        figures |= judge.figures(small[few], scenes[few], f"{drawn.shape[1]} px, first {len(large)}")
+        figures |= judge.figures(large, scenes[few], f"{size} px, first {len(large)}")
     return Report(figures, sheet_rows(true, small))
 
 
@@ -120,4 +137,4 @@ def sheet_rows(
 ) -> tuple[UInt8[np.ndarray, "c h w 3"], ...]:
     """Rows of pairs: what was asked for, what was drawn."""
     pairs = np.stack([true, drawn], axis=1)[:SHOWN]
-    return tuple(pair.reshape(-1, *pair.shape[2:]) for pair in (pairs[p] for p in _parts(len(pairs), COLUMNS)))
+    return tuple(pair.reshape(-1, *pair.shape[2:]) for pair in (pairs[p] for p in _parts(len(pairs), PAIRS)))

@@ -10,7 +10,7 @@ have no advantage. Only the last sum depends on the drawing; its cross term is a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -130,8 +130,8 @@ def _score_chunk(
     """Whether every object, every relation and every background is right."""
     colour = border_colour(pictures)
     costs = [_costs(pictures, colour, template) for template in templates]
-    places: tuple[Relation | None, ...] = (None, *RELATIONS)
-    matches = {place: _best(costs, place) for place in places}
+    matches: dict[Relation | None, _Match] = {None: _best(costs, None)}
+    matches |= {half: _best(costs, half) for half in RELATIONS}
     identity, relation = [], []
     for row, scene in enumerate(scenes):
         named = [hexcodes.index(item.concept.hexcode) for item in scene.items]
@@ -208,7 +208,7 @@ def _half(place: Relation | None, places: int) -> tuple[slice, slice]:
             return far, every
 
 
-def _seen_relation(matches: dict[Relation | None, _Match], row: int, first: int, second: int) -> Relation | None:
+def _seen_relation(matches: Mapping[Relation | None, _Match], row: int, first: int, second: int) -> Relation | None:
     """Where the first of two drawings is as seen from the second, along the longer axis; None where neither is longer.
 
     They are placed together, in opposite halves, since alone either could rather cover what the other explains.

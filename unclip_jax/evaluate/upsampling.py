@@ -35,7 +35,7 @@ def bicubic(low: UInt8[Array, "b k k 3"], size: int) -> UInt8[Array, "b h w 3"]:
 
 
 def object_window(scene: Scene, size: int, side: int) -> Window:
-    """A window of `side` pixels inside a picture of `size`, around the upper left quarter of its first object, where the outlines are."""
+    """A window of `side` pixels inside a picture of `size`, around its first object's upper left quarter."""
     item = scene.items[0]
     scale = size // 64
     x, y = (int(np.clip((start + item.side / 4) * scale - side / 2, 0, size - side)) for start in (item.x, item.y))

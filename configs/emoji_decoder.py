@@ -30,6 +30,7 @@ def get_config() -> TrainConfig:
             ),
             size=64,
             image_embedding_dim=128,
+            image_scale=11.3,  # sqrt(128): our CLIP embeddings have unit length
             text_dim=128,
             extra_tokens=4,
             image_drop=0.1,
@@ -42,7 +43,7 @@ def get_config() -> TrainConfig:
         diffusion=DiffusionConfig(prediction="x0", timestep_mean=1.0, timestep_scale=1.3),
         sample=SampleConfig(sampler="ddim", steps=40, guidance=3.0),
         data=DataConfig(batch_size=32),
-        optim=OptimConfig(learning_rate=1e-3, warmup=200, decay_steps=9000, ema=0.998),
-        steps=9000,
+        optim=OptimConfig(learning_rate=1e-3, warmup=100, decay_steps=12000, ema=0.998),
+        steps=12000,
         preview_every=500,
     )

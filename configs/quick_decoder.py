@@ -32,6 +32,7 @@ def get_config() -> TrainConfig:
             ),
             size=64,
             image_embedding_dim=64,
+            image_scale=8.0,  # sqrt(64)
             text_dim=96,
             learned_null_text=True,
             context_length=32,

@@ -87,6 +87,7 @@ class DecoderConfig:
     unet: UNetConfig = UNetConfig(out_channels=6, attention_factors=(2, 4, 8), context_dim=1536, middle_attention=True)
     size: int = 64
     image_embedding_dim: int = 768
+    image_scale: float = 1.0  # on z_i before its projections; sqrt(dim) gives unit-length embeddings unit variance
     text_dim: int = 768  # width of the text states
     text_embedding: bool = True  # Karlo also adds a projection of z_t to the time embedding
     extra_tokens: int = 4

@@ -102,7 +102,7 @@ class Decoder(nn.Module):
         text_embedding may be None if the config has text_embedding=False. Training and sampling share this method.
         """
         config, unet = self.config, self.config.unet
-        image = jnp.where(image_keep[:, None], image_embedding, self.null_image)
+        image = config.image_scale * jnp.where(image_keep[:, None], image_embedding, self.null_image)
         embedding = self.image_to_time(image)
         if config.text_embedding:
             if text_embedding is None:

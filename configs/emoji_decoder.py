@@ -12,7 +12,7 @@ from unclip_jax.config import (
 
 
 def get_config() -> TrainConfig:
-    """4.0M parameters; 4 x 4 pixels are folded into channels, which two CPU cores like better than wide maps."""
+    """4.1M parameters; 4 x 4 pixels are folded into channels, which two CPU cores like better than wide maps."""
     return TrainConfig(
         name="emoji_decoder",
         network=DecoderConfig(

@@ -69,8 +69,8 @@ def test_every_choice_reaches_the_picture(cascade, option):
 def test_the_prior_keeps_the_candidate_closest_to_the_text(cascade):
     keys = picture_keys(0, 4)
     text, null = encode_prompts(cascade, [PROMPT, "a dog", "a red apple", ""]), encode_prompts(cascade, [""])
-    one = np.asarray(prior_embeddings(cascade, keys, text, null, Options(candidates=1)))
-    best = np.asarray(prior_embeddings(cascade, keys, text, null, Options(candidates=2)))
+    one = np.asarray(prior_embeddings(cascade.prior, keys, text, null, Options(candidates=1)))
+    best = np.asarray(prior_embeddings(cascade.prior, keys, text, null, Options(candidates=2)))
     np.testing.assert_allclose(np.linalg.norm(best, axis=1), 1, rtol=1e-5)
     gain = ((best - one) * np.asarray(text.embedding)).sum(1)
     assert (gain > -1e-5).all() and gain.max() > 1e-4

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 from unclip_jax.cascade import Cascade
+from unclip_jax.checkpoint.safetensors import Network
 from unclip_jax.config import (
     ClipConfig,
     DecoderConfig,
@@ -262,7 +263,7 @@ def _generate_batch(
     text, null = encode_prompts(cascade, [*prompts, *[""] * padding]), encode_prompts(cascade, [""])
     progress("prior")
     # Each stage is awaited, so that progress names the one at work.
-    embedding = jax.block_until_ready(prior_embeddings(cascade, keys, text, null, options))
+    embedding = jax.block_until_ready(prior_embeddings(cascade.prior, keys, text, null, options))
     progress(f"decoder {cascade.sizes[0]} px")
     pictures = jax.block_until_ready(decode_embeddings(cascade, keys, embedding, text, options))
     return finish(cascade, keys[:count], pictures[:count], size, progress)
@@ -278,9 +279,8 @@ def _scale(value: float, rows: int) -> Float[np.ndarray, " b"]:
     return np.full((rows,), value, np.float32)
 
 
-def prior_embeddings(cascade: Cascade, keys: Keys, text: Text, null: Text, options: Options) -> Float[Array, "b z"]:
+def prior_embeddings(prior: Network, keys: Keys, text: Text, null: Text, options: Options) -> Float[Array, "b z"]:
     """The prior's image embeddings at the recommended or the chosen settings."""
-    prior = cascade.prior
     advice: SampleConfig = prior.config.sample
     guidance = advice.guidance if options.prior_guidance is None else options.prior_guidance
     return sample_prior(

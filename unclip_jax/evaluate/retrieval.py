@@ -16,7 +16,7 @@ from unclip_jax.config import ClipConfig, TrainConfig
 from unclip_jax.data.emoji import OPPOSITE, Renderer, Scene, Scenes
 from unclip_jax.data.loader import scenes_of
 from unclip_jax.evaluate.report import Figures, Report
-from unclip_jax.generate import RECOMMENDED, Options, Text, encode, picture_keys, sample_prior, table_of
+from unclip_jax.generate import RECOMMENDED, Options, Text, encode, picture_keys, prior_embeddings
 from unclip_jax.models.prior import Whitening
 from unclip_jax.stages import encode_image
 
@@ -166,12 +166,13 @@ def prior_report(clip: Network, prior: Network, sets: int = 4, seed: int = 0, op
     Beside them the same of the text embedding, of another caption's prior embedding and of the mean image embedding.
     """
     chosen = distinct_sets(held_out_scenes(clip.config, clip.extra.get("concepts", ())), sets)
+    null = encode_captions(clip, [""])
     renderer = Renderer()
     rows = []
     for number, scenes in enumerate(tqdm(chosen, desc=f"sets of {SET}", unit="set", dynamic_ncols=True)):
         text = encode_captions(clip, [scene.caption for scene in scenes])
         keys = picture_keys(seed + number * SET, len(scenes))
-        made = _prior_embeddings(clip, prior, keys, text, options)
+        made = np.asarray(prior_embeddings(prior, keys, text, null, options))
         true = embed_pictures(clip, np.stack([renderer.render(scene) for scene in scenes]))
         rows.append((made, _unit(np.asarray(text.embedding)), true))
     made, text, true = (np.stack(column) for column in zip(*rows, strict=True))
@@ -185,19 +186,6 @@ def prior_report(clip: Network, prior: Network, sets: int = 4, seed: int = 0, op
         "chance": {"top 1": 1 / SET},
     }
     return Report(figures, _nearest(made[0], true[0], chosen[0], renderer))
-
-
-def _prior_embeddings(
-    clip: Network, prior: Network, keys: jax.Array, text: Text, options: Options
-) -> Float[np.ndarray, "b z"]:
-    advice = prior.config.sample
-    guidance = advice.guidance if options.prior_guidance is None else options.prior_guidance
-    drawn = sample_prior(
-        prior.config, advice.sampler, options.candidates, prior.params, Whitening(**prior.constants["whitening"]),
-        keys, text, encode_captions(clip, [""]), table_of(prior.config, options.prior_steps or advice.steps),
-        np.full((len(keys),), guidance, np.float32), np.float32(advice.eta),
-    )  # fmt: skip
-    return np.asarray(drawn)
 
 
 def _nearest(

@@ -3,18 +3,9 @@ import pytest
 
 import unclip_jax
 from unclip_jax.cascade import Cascade, load_cascade
-from unclip_jax.generate import (
-    Options,
-    check,
-    decode,
-    encode,
-    encode_prompts,
-    generate,
-    picture_keys,
-    prior_embeddings,
-    sample_prior,
-    upsample,
-)
+from unclip_jax.generate import check, decode, encode_prompts, generate, upsample
+from unclip_jax.inputs import Options, encode, picture_keys
+from unclip_jax.priors import prior_embeddings, sample_prior
 
 PROMPT = "a cat on a blue background"
 

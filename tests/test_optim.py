@@ -64,3 +64,29 @@ def test_average_warms_up(step: int):
 def test_average_of_a_constant_is_the_constant_bitwise():
     params = {"a": jax.random.normal(jax.random.key(0), (64,))}
     assert (ema_update(params, params, 3, 0.999)["a"] == params["a"]).all()
+
+
+def test_muon_takes_steps_of_equal_size_in_every_direction_of_a_matrix():
+    params = {"hidden": {"kernel": np.zeros((3, 3, 4, 8), np.float32), "bias": np.zeros(8, np.float32)}}
+    gradient = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=x.shape).astype(np.float32), params)
+    gradient["hidden"]["kernel"][..., 0] *= 100
+    config = OptimConfig(kind="muon", learning_rate=1.0, warmup=1, weight_decay=0.0, clip_norm=1e9)
+    transformation = optimizer(config, params)
+    updates, _ = jax.jit(transformation.update)(gradient, transformation.init(params), params)
+    sizes = np.linalg.svd(np.reshape(updates["hidden"]["kernel"], (36, 8)), compute_uv=False)
+    raw = np.linalg.svd(np.reshape(gradient["hidden"]["kernel"], (36, 8)), compute_uv=False)
+    assert raw.max() / raw.min() > 50
+    assert sizes.max() / sizes.min() < 2
+    np.testing.assert_allclose(np.sqrt(np.mean(np.square(updates["hidden"]["kernel"]))), 0.2, rtol=0.3)
+
+
+def test_muon_leaves_vectors_and_the_ends_of_a_network_to_adam():
+    matrix = np.ones((3, 3, 4, 8), np.float32)
+    params = {"unet": {name: {"kernel": matrix} for name in ("stem", "out", "middle")}, "null": np.ones(4, np.float32)}
+    state = optimizer(OptimConfig(kind="muon"), params).init(params)
+    held = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)}
+    second_moments = {path for path in held if ".nu" in path}
+    assert any("stem" in path for path in second_moments)
+    assert any("'out'" in path for path in second_moments)
+    assert any("null" in path for path in second_moments)
+    assert not any("middle" in path for path in second_moments)

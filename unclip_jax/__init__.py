@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 from unclip_jax.cascade import Cascade, load_cascade
-from unclip_jax.generate import Options, generate
+from unclip_jax.generate import generate
+from unclip_jax.inputs import Options
 
 __all__ = ["Cascade", "Options", "generate", "load_cascade"]

@@ -144,8 +144,10 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with decay mask, warm-up, optional cosine decay, clipping and EMA."""
+    """AdamW or Muon with decay mask, warm-up, optional cosine decay, clipping and EMA."""
 
+    # muon: hidden matrices and convolutions step along the nearest orthogonal matrix; AdamW keeps the other leaves.
+    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
     warmup: int = 200
     decay_steps: int | None = None  # cosine to final_fraction over so many updates after warm-up; None: constant

@@ -11,123 +11,64 @@ number of steps is other data and no other program.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from unclip_jax.cascade import Cascade
-from unclip_jax.checkpoint.safetensors import Network
-from unclip_jax.config import (
-    ClipConfig,
-    DecoderConfig,
-    DiffusionConfig,
-    PriorConfig,
-    SampleConfig,
-    TrainConfig,
-    UpsamplerConfig,
-)
+from unclip_jax.config import DecoderConfig, SampleConfig, TrainConfig, UpsamplerConfig
 from unclip_jax.diffusion import gaussian, samplers
-from unclip_jax.diffusion.guidance import classifier_free, clip_static
-from unclip_jax.diffusion.schedule import Schedule, StepTable, make_schedule, step_table, strided_timesteps
-from unclip_jax.models.clip import Clip, normalise
+from unclip_jax.diffusion.guidance import classifier_free
+from unclip_jax.diffusion.schedule import StepTable, make_schedule
+from unclip_jax.inputs import (
+    BUCKETS,
+    DECODER,
+    UPSAMPLER,
+    Options,
+    Sampler,
+    Text,
+    clipped,
+    doubled,
+    encode,
+    per_picture,
+    sampler_step,
+    stage_keys,
+    table_of,
+)
 from unclip_jax.models.decoder import Decoder
-from unclip_jax.models.prior import Prior, Whitening
 from unclip_jax.models.upsampler import Upsampler, resize_low
+from unclip_jax.priors import prior_embeddings
 from unclip_jax.stages import to_model, to_pixels
 from unclip_jax.types import Denoise, Keys, Params
 
-Sampler = Literal["ddpm", "ddim", "dpm"]
-BUCKETS = (1, 2, 4, 8, 16)  # batch sizes that programs are compiled for
-PRIOR, DECODER, UPSAMPLER = 1, 2, 3  # what a picture's key is folded with, so that stages draw different noise
+RECOMMENDED = Options()
 
 
-class Text(NamedTuple):
-    """A batch of encoded prompts: CLIP's states, their padding mask, and the text embedding."""
-
-    states: Float[Array, "b n d"]
-    mask: Bool[Array, "b n"]
-    embedding: Float[Array, "b z"]
-
-
-def picture_keys(seed: int, count: int) -> Keys:
-    """Keys of `count` pictures: picture i of seed s is the picture of seed s + i."""
-    return jax.vmap(jax.random.key)(np.arange(seed, seed + count, dtype=np.uint32))
-
-
-def _stage_keys(keys: Keys, stage: int | Array) -> Keys:
-    return jax.vmap(lambda key: jax.random.fold_in(key, stage))(keys)
-
-
-def _step(sampler: Sampler, schedule: Schedule, diffusion: DiffusionConfig, eta: Array) -> samplers.Step:
-    match sampler:
-        case "ddpm":
-            return samplers.ddpm(schedule, "learned" if diffusion.learned_variance else "small")
-        case "ddim":
-            return samplers.ddim(schedule, eta)
-        case "dpm":
-            return samplers.dpm_solver_pp_2m(schedule)
-
-
-def table_of(config: TrainConfig, steps: int) -> StepTable:
-    """The strided walk of `steps` steps through a network's noise levels."""
-    return step_table(strided_timesteps(steps, config.diffusion.steps))
-
-
-def _clipped(diffusion: DiffusionConfig, denoise: Denoise) -> Denoise:
-    return denoise if diffusion.clip is None else clip_static(denoise, diffusion.clip)
-
-
-@partial(jax.jit, static_argnums=0)
-def encode(config: TrainConfig, params: Params, tokens: Array, mask: Array) -> Text:
-    """Prompts' states and embeddings; config is CLIP's."""
-    assert isinstance(config.network, ClipConfig)
-    encoding: Any = Clip(config.network).apply({"params": params}, tokens, method="encode_text")
-    return Text(encoding.states, mask, encoding.embedding)
-
-
-def doubled(null: Text, text: Text) -> Text:
-    """The doubled batch of classifier-free guidance: unconditional rows first."""
-    return Text(*(jnp.concatenate([jnp.broadcast_to(u, c.shape), c]) for u, c in zip(null, text, strict=True)))
-
-
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def sample_prior(
+def guided_decoder(
     config: TrainConfig,
-    sampler: Sampler,
-    candidates: int,
     params: Params,
-    whitening: Whitening,
-    keys: Keys,
+    embedding: Float[Array, "b z"],
     text: Text,
-    null: Text,
-    table: StepTable,
     guidance: Float[Array, " b"],
-    eta: Float[Array, ""],
-) -> Float[Array, "b z"]:
-    """CLIP image embeddings, unit length: of each prompt's candidates the one with the largest z_i . z_t."""
-    assert isinstance(config.network, PriorConfig)
-    prior, schedule = Prior(config.network), make_schedule(config.diffusion)
-    both, width = doubled(null, text), config.network.embedding_dim
-    both_text = (both.states, both.mask, both.embedding)
+    rescale: Float[Array, ""],
+) -> Denoise:
+    """The decoder as a denoiser in [-1, 1], told of an embedding and a caption, guided and clipped."""
+    assert isinstance(config.network, DecoderConfig)
+    decoder = Decoder(config.network)
+    both = doubled(text, text)
+    keep = jnp.arange(2 * len(embedding)) >= len(embedding)
+    told = decoder.apply(
+        {"params": params}, jnp.concatenate([embedding, embedding]), *both, keep, keep, method="condition"
+    )
 
     def apply(x: Array, t: Array) -> Any:
-        return prior.apply({"params": params}, x, t, *both_text)
+        return decoder.apply({"params": params}, x, t, told)
 
-    denoise = classifier_free(gaussian.denoiser(config.diffusion, schedule, apply), guidance)
-    denoise = _clipped(config.diffusion, denoise)
-    step = _step(sampler, schedule, config.diffusion, eta)
-
-    def candidate(number: Array) -> Float[Array, "b z"]:
-        own = _stage_keys(_stage_keys(keys, PRIOR), number)
-        x = samplers.initial_noise(own, (width,))
-        return normalise(whitening.restore(samplers.run(step, denoise, own, x, table)))
-
-    drawn = jax.lax.map(candidate, jnp.arange(candidates))
-    best = jnp.argmax(jnp.einsum("cbz,bz->cb", drawn, normalise(text.embedding)), axis=0)
-    return jnp.take_along_axis(drawn, best[None, :, None], axis=0)[0]
+    denoise = gaussian.denoiser(config.diffusion, make_schedule(config.diffusion), apply)
+    return clipped(config.diffusion, classifier_free(denoise, guidance, rescale))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -142,24 +83,15 @@ def decode(
     guidance: Float[Array, " b"],
     rescale: Float[Array, ""],
     eta: Float[Array, ""],
+    start: Float[Array, "b h w 3"] | None = None,
 ) -> UInt8[Array, "b h w 3"]:
-    """Pictures at the decoder's size from image embeddings and captions."""
+    """Pictures at the decoder's size from image embeddings and captions; start is x_T, None: noise of the keys."""
     assert isinstance(config.network, DecoderConfig)
-    decoder, schedule = Decoder(config.network), make_schedule(config.diffusion)
-    both = doubled(text, text)
-    keep = jnp.arange(2 * len(embedding)) >= len(embedding)
-    told = decoder.apply(
-        {"params": params}, jnp.concatenate([embedding, embedding]), *both, keep, keep, method="condition"
-    )
-
-    def apply(x: Array, t: Array) -> Any:
-        return decoder.apply({"params": params}, x, t, told)
-
-    denoise = classifier_free(gaussian.denoiser(config.diffusion, schedule, apply), guidance, rescale)
-    denoise = _clipped(config.diffusion, denoise)
-    own = _stage_keys(keys, DECODER)
-    x = samplers.initial_noise(own, (config.network.size, config.network.size, 3))
-    return to_pixels(samplers.run(_step(sampler, schedule, config.diffusion, eta), denoise, own, x, table))
+    denoise = guided_decoder(config, params, embedding, text, guidance, rescale)
+    own, side = stage_keys(keys, DECODER), config.network.size
+    x = samplers.initial_noise(own, (side, side, 3)) if start is None else start
+    step = sampler_step(sampler, make_schedule(config.diffusion), config.diffusion, eta)
+    return to_pixels(samplers.run(step, denoise, own, x, table))
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -181,25 +113,10 @@ def upsample(
     def apply(x: Array, t: Array) -> Any:
         return upsampler.apply({"params": params}, x, t, resized)
 
-    denoise = _clipped(config.diffusion, gaussian.denoiser(config.diffusion, schedule, apply))
-    own = _stage_keys(keys, UPSAMPLER + size)
+    denoise = clipped(config.diffusion, gaussian.denoiser(config.diffusion, schedule, apply))
+    own = stage_keys(keys, UPSAMPLER + size)
     x = samplers.initial_noise(own, (size, size, 3))
-    return to_pixels(samplers.run(_step(sampler, schedule, config.diffusion, eta), denoise, own, x, table))
-
-
-class Options(NamedTuple):
-    """What one call of generate may change; None keeps what the cascade's configs recommend."""
-
-    size: int | None = None
-    sampler: Sampler | None = None
-    steps: int | None = None  # of the decoder
-    guidance: float | None = None  # of the decoder
-    prior_steps: int | None = None
-    prior_guidance: float | None = None
-    candidates: int = 2
-
-
-RECOMMENDED = Options()
+    return to_pixels(samplers.run(sampler_step(sampler, schedule, config.diffusion, eta), denoise, own, x, table))
 
 
 def check(cascade: Cascade, options: Options) -> int:
@@ -275,21 +192,6 @@ def encode_prompts(cascade: Cascade, prompts: Sequence[str]) -> Text:
     return encode(cascade.clip.config, cascade.clip.params, tokens.ids, tokens.mask)
 
 
-def _scale(value: float, rows: int) -> Float[np.ndarray, " b"]:
-    return np.full((rows,), value, np.float32)
-
-
-def prior_embeddings(prior: Network, keys: Keys, text: Text, null: Text, options: Options) -> Float[Array, "b z"]:
-    """The prior's image embeddings at the recommended or the chosen settings."""
-    advice: SampleConfig = prior.config.sample
-    guidance = advice.guidance if options.prior_guidance is None else options.prior_guidance
-    return sample_prior(
-        prior.config, advice.sampler, options.candidates, prior.params, Whitening(**prior.constants["whitening"]),
-        keys, text, null, table_of(prior.config, options.prior_steps or advice.steps), _scale(guidance, len(keys)),
-        np.float32(advice.eta),
-    )  # fmt: skip
-
-
 def decode_embeddings(
     cascade: Cascade, keys: Keys, embedding: Float[Array, "b z"], text: Text, options: Options
 ) -> UInt8[Array, "b h w 3"]:
@@ -299,7 +201,7 @@ def decode_embeddings(
     guidance = advice.guidance if options.guidance is None else options.guidance
     return decode(
         network.config, options.sampler or advice.sampler, network.params, keys, embedding, text,
-        table_of(network.config, options.steps or advice.steps), _scale(guidance, len(keys)),
+        table_of(network.config, options.steps or advice.steps), per_picture(guidance, len(keys)),
         np.float32(advice.rescale), np.float32(advice.eta),
     )  # fmt: skip
 

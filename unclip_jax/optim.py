@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
+from optax.contrib import MuonDimensionNumbers, muon
 
 from unclip_jax.config import OptimConfig
 from unclip_jax.types import Params
@@ -42,16 +43,47 @@ def decay_mask(params_shape: Any) -> Any:
 
 
 def optimizer(config: OptimConfig, params_shape: Any) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) after clipping by the global norm; `params_shape` is any tree of the parameters' shapes.
+    """AdamW (arXiv 1711.05101) or Muon, after clipping by the global norm; `params_shape` is a tree of shapes.
 
     Gradients arrive already averaged over accumulated micro-batches.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-        optax.add_decayed_weights(config.weight_decay, decay_mask(params_shape)),
-        optax.scale_by_learning_rate(lambda step: learning_rate(config, jnp.asarray(step))),
-    )
+    clip = optax.clip_by_global_norm(config.clip_norm)
+
+    def rate(step: Any) -> Array:
+        return learning_rate(config, jnp.asarray(step))
+
+    match config.kind:
+        case "adamw":
+            return optax.chain(
+                clip,
+                optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+                optax.add_decayed_weights(config.weight_decay, decay_mask(params_shape)),
+                optax.scale_by_learning_rate(rate),
+            )
+        case "muon":
+            descend = muon(
+                rate,
+                weight_decay=config.weight_decay,
+                adam_b1=config.beta1,
+                adam_b2=config.beta2,
+                muon_weight_dimension_numbers=lambda tree: jax.tree_util.tree_map_with_path(_matrix_axes, tree),
+                # Steps as large as Adam's usually are, so that one learning rate suits both (arXiv 2502.16982 eq. 4).
+                consistent_rms=0.2,
+            )
+            return optax.chain(clip, descend)
+
+
+def _matrix_axes(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
+    """How Muon reads a leaf as a matrix of inputs by outputs; None for those that AdamW keeps.
+
+    These are vectors and tables, and the ends of a network, where pixels and times come in or pixels go out.
+    """
+    names = [str(entry.key) for entry in path]
+    ends = {"stem", "patches", "time_0"} & set(names) or names[-2:] == ["out", "kernel"] and len(names) <= 3
+    if names[-1] != "kernel" or len(leaf.shape) < 2 or ends:
+        return None
+    last = len(leaf.shape) - 1
+    return MuonDimensionNumbers(tuple(range(last)), last)
 
 
 def ema_update(ema: Params, params: Params, step: Int[Array, ""] | int, decay: float) -> Params:

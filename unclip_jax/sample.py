@@ -23,7 +23,8 @@ from tqdm import tqdm
 from unclip_jax import compile_cache
 from unclip_jax.cascade import SHIPPED, Cascade, load_cascade
 from unclip_jax.checkpoint.safetensors import write_failure
-from unclip_jax.generate import BUCKETS, Options, check, check_seeds, generate
+from unclip_jax.generate import check, check_seeds, generate
+from unclip_jax.inputs import BUCKETS, Options
 
 MOST_PICTURES = 10_000
 MOST_CHARACTERS = 10_000  # of a prompt; the tokenizer reads no further

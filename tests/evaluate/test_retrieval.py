@@ -18,7 +18,7 @@ from unclip_jax.config import (
 )
 from unclip_jax.data.emoji import Scenes, is_held_out
 from unclip_jax.evaluate import retrieval
-from unclip_jax.generate import Options
+from unclip_jax.inputs import Options
 from unclip_jax.stages import build
 
 TINY = TransformerConfig(width=16, layers=1, heads=2)

@@ -162,6 +162,8 @@ def _change(rng: np.random.Generator, scenes: Scenes, content: Content) -> Conte
             )
         case _ if content.relation is None:
             return content._replace(sizes=(str(rng.choice([size for size in SIDES if size != content.sizes[0]])),))
+        case _ if rng.random() < 0.5:  # the two change places: the same picture to whoever only counts objects
+            return content._replace(relation=OPPOSITE[content.relation])
         case _:
             return content._replace(relation=[r for r in RELATIONS if r != content.relation][int(rng.integers(3))])
 

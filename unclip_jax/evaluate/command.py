@@ -11,7 +11,8 @@ from unclip_jax.cascade import SHIPPED, load_cascade, load_checked, load_clip
 from unclip_jax.checkpoint.schema import CheckpointError
 from unclip_jax.config import PriorConfig, UpsamplerConfig
 from unclip_jax.evaluate.report import Figures, Report, table, write
-from unclip_jax.generate import Options, check_seeds
+from unclip_jax.generate import check_seeds
+from unclip_jax.inputs import Options
 
 SILENT = ("run", "rest", "debug", "command", "what")
 

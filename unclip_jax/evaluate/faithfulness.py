@@ -15,16 +15,8 @@ from unclip_jax.data.vocabulary import Concept, concepts
 from unclip_jax.evaluate.report import Figures, Report
 from unclip_jax.evaluate.retrieval import embed_pictures
 from unclip_jax.evaluate.scenes import score, summary
-from unclip_jax.generate import (
-    RECOMMENDED,
-    Options,
-    check,
-    decode_embeddings,
-    encode_prompts,
-    finish,
-    generate,
-    picture_keys,
-)
+from unclip_jax.generate import RECOMMENDED, check, decode_embeddings, encode_prompts, finish, generate
+from unclip_jax.inputs import Options, picture_keys
 
 BATCH = 16
 THINGS, COLUMNS = ("identity", "relation", "background"), ("low", "high", "chance")  # of the scorer's summary

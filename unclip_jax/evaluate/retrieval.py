@@ -16,8 +16,10 @@ from unclip_jax.config import ClipConfig, TrainConfig
 from unclip_jax.data.emoji import OPPOSITE, Renderer, Scene, Scenes
 from unclip_jax.data.loader import scenes_of
 from unclip_jax.evaluate.report import Figures, Report
-from unclip_jax.generate import RECOMMENDED, Options, Text, encode, picture_keys, prior_embeddings
+from unclip_jax.generate import RECOMMENDED
+from unclip_jax.inputs import Options, Text, encode, picture_keys
 from unclip_jax.models.prior import Whitening
+from unclip_jax.priors import prior_embeddings
 from unclip_jax.stages import encode_image
 
 SET = 64  # scenes that a query chooses from

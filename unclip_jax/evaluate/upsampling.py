@@ -13,7 +13,8 @@ from unclip_jax.data.degrade import degrade
 from unclip_jax.data.emoji import Renderer, Scene, Window
 from unclip_jax.data.loader import scenes_of
 from unclip_jax.evaluate.report import Report
-from unclip_jax.generate import picture_keys, table_of, upsample
+from unclip_jax.generate import upsample
+from unclip_jax.inputs import picture_keys, table_of
 from unclip_jax.models.upsampler import resize_low
 from unclip_jax.stages import to_model, to_pixels
 

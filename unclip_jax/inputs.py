@@ -1,0 +1,92 @@
+"""What every compiled step of generation shares: its inputs, the options of a call, keys, samplers and limits."""
+
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from unclip_jax.config import ClipConfig, DiffusionConfig, TrainConfig
+from unclip_jax.diffusion import samplers
+from unclip_jax.diffusion.guidance import clip_static
+from unclip_jax.diffusion.schedule import Schedule, StepTable, step_table, strided_timesteps
+from unclip_jax.models.clip import Clip
+from unclip_jax.types import Denoise, Keys, Params
+
+Sampler = Literal["ddpm", "ddim", "dpm"]
+BUCKETS = (1, 2, 4, 8, 16)  # batch sizes that programs are compiled for
+PRIOR, DECODER, UPSAMPLER = 1, 2, 3  # what a picture's key is folded with, so that stages draw different noise
+
+
+class Text(NamedTuple):
+    """A batch of encoded prompts: CLIP's states, their padding mask, and the text embedding."""
+
+    states: Float[Array, "b n d"]
+    mask: Bool[Array, "b n"]
+    embedding: Float[Array, "b z"]
+
+
+class Options(NamedTuple):
+    """What one call of generation may change; None keeps what the cascade's configs recommend."""
+
+    size: int | None = None
+    sampler: Sampler | None = None
+    steps: int | None = None  # of the decoder
+    guidance: float | None = None  # of the decoder
+    prior_steps: int | None = None
+    prior_guidance: float | None = None
+    candidates: int = 2
+
+
+RECOMMENDED = Options()
+
+
+def picture_keys(seed: int, count: int) -> Keys:
+    """Keys of `count` pictures: picture i of seed s is the picture of seed s + i."""
+    return jax.vmap(jax.random.key)(np.arange(seed, seed + count, dtype=np.uint32))
+
+
+def stage_keys(keys: Keys, stage: int | Array) -> Keys:
+    """Keys of one stage, so that stages draw different noise."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, stage))(keys)
+
+
+def sampler_step(sampler: Sampler, schedule: Schedule, diffusion: DiffusionConfig, eta: Array) -> samplers.Step:
+    """The sampler of a name."""
+    match sampler:
+        case "ddpm":
+            return samplers.ddpm(schedule, "learned" if diffusion.learned_variance else "small")
+        case "ddim":
+            return samplers.ddim(schedule, eta)
+        case "dpm":
+            return samplers.dpm_solver_pp_2m(schedule)
+
+
+def table_of(config: TrainConfig, steps: int) -> StepTable:
+    """The strided walk of `steps` steps through a network's noise levels."""
+    return step_table(strided_timesteps(steps, config.diffusion.steps))
+
+
+def clipped(diffusion: DiffusionConfig, denoise: Denoise) -> Denoise:
+    """The denoiser within the limits of its config."""
+    return denoise if diffusion.clip is None else clip_static(denoise, diffusion.clip)
+
+
+def per_picture(value: float, rows: int) -> Float[np.ndarray, " b"]:
+    """A setting as data, one number per picture."""
+    return np.full((rows,), value, np.float32)
+
+
+@partial(jax.jit, static_argnums=0)
+def encode(config: TrainConfig, params: Params, tokens: Array, mask: Array) -> Text:
+    """Prompts' states and embeddings; config is CLIP's."""
+    assert isinstance(config.network, ClipConfig)
+    encoding: Any = Clip(config.network).apply({"params": params}, tokens, method="encode_text")
+    return Text(encoding.states, mask, encoding.embedding)
+
+
+def doubled(null: Text, text: Text) -> Text:
+    """The doubled batch of classifier-free guidance: unconditional rows first."""
+    return Text(*(jnp.concatenate([jnp.broadcast_to(u, c.shape), c]) for u, c in zip(null, text, strict=True)))

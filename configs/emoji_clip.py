@@ -15,7 +15,7 @@ def get_config() -> TrainConfig:
             patch_size=8,
             vision=TransformerConfig(width=128, layers=4, heads=4),
             text=TransformerConfig(width=128, layers=3, heads=4, causal=True),
-            vocab_size=573,
+            vocab_size=576,
             context_length=32,
             image_mean=MEAN_STD[0],
             image_std=MEAN_STD[1],

@@ -32,6 +32,14 @@ PHRASES: dict[Relation, tuple[str, ...]] = {
     "below": ("below", "under"),
 }
 
+# Where each of two objects is, said right beside it: the phrasing from which a text tower learns to bind the two.
+PLACES: dict[Relation, str] = {
+    "left of": "on the left",
+    "right of": "on the right",
+    "above": "at the top",
+    "below": "at the bottom",
+}
+
 
 class Item(NamedTuple):
     """One object of a scene: its square's side and top-left corner, in 64ths of the picture."""
@@ -220,6 +228,10 @@ def _pair_caption(rng: np.random.Generator, content: Content) -> str:
     relation = content.relation or RELATIONS[0]
     if rng.random() < 0.5:
         first, second, relation = second, first, OPPOSITE[relation]
+    if rng.random() < 0.3:
+        here, there = PLACES[relation], PLACES[OPPOSITE[relation]]
+        whole = f"{article(first)} {here} and {article(second)} {there}"
+        return _finish(rng, whole, f"{first} {here} and {second} {there}", content.background)
     phrase = str(rng.choice(PHRASES[relation]))
     whole = f"{article(first)} {phrase} {article(second)}"
     return _finish(rng, whole, f"{first} {phrase} {second}", content.background)
@@ -311,5 +323,6 @@ def caption_words(scenes: Scenes) -> list[str]:
     """Sentences that together hold every word which captions of these scenes may use."""
     nouns = [phrase for concept in scenes.concepts for phrase in concept.phrases]
     relations = [phrase for phrases in PHRASES.values() for phrase in phrases]
-    frame = "an openmoji drawing of a small big picture, with it on the background"
-    return [*nouns, *relations, *BACKGROUNDS, *(size for size in SIDES if size), frame]
+    places = list(PLACES.values())
+    frame = "an openmoji drawing of a small big picture, with it and it on the background"
+    return [*nouns, *relations, *places, *BACKGROUNDS, *(size for size in SIDES if size), frame]

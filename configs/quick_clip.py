@@ -15,7 +15,7 @@ def get_config() -> TrainConfig:
             patch_size=8,
             vision=TransformerConfig(width=96, layers=3, heads=3),
             text=TransformerConfig(width=96, layers=2, heads=3, causal=True),
-            vocab_size=554,
+            vocab_size=557,
             context_length=32,
             image_mean=(0.7, 0.7, 0.6),
             image_std=(0.25, 0.25, 0.3),

@@ -168,7 +168,7 @@ TINY_CLIP = TrainConfig(
         patch_size=32,
         vision=TransformerConfig(width=16, layers=1, heads=2),
         text=TransformerConfig(width=16, layers=1, heads=2, causal=True),
-        vocab_size=573,
+        vocab_size=576,
         context_length=32,
     ),
     data=DataConfig(batch_size=4),
@@ -238,7 +238,7 @@ def test_what_does_not_fit_is_refused(mesh, tmp_path):
     from unclip_jax.run import train
 
     other = replace(TINY_CLIP, network=replace(TINY_CLIP.network, vocab_size=500))
-    with pytest.raises(ValueError, match=r"use 573 ids and the network has 500: set --network.vocab-size 573"):
+    with pytest.raises(ValueError, match=r"use 576 ids and the network has 500: set --network.vocab-size 576"):
         train(other, tmp_path, mesh)
     with pytest.raises(CheckpointError, match="no weights file"):
         train(TINY_PRIOR, tmp_path, mesh)
@@ -256,7 +256,7 @@ from unclip_jax.train import fit
 
 tower = TransformerConfig(width=16, layers=1, heads=2)
 text = TransformerConfig(width=32, layers=1, heads=2, causal=True)
-clip = ClipConfig(8, 64, 32, tower, text, vocab_size=573, context_length=32)
+clip = ClipConfig(8, 64, 32, tower, text, vocab_size=576, context_length=32)
 up = UpsamplerConfig(UNetConfig(in_channels=6, channels=8, multipliers=(1,), depth=1, groups=4, patch=4, dropout=0.1))
 # Adam magnifies the rounding of gradients that are almost zero, which epsilon damps.
 optim = OptimConfig(learning_rate=1e-3, warmup=1, epsilon=1e-3)

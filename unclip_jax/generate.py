@@ -16,12 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 
 from unclip_jax.cascade import Cascade
 from unclip_jax.config import DecoderConfig, SampleConfig, TrainConfig, UpsamplerConfig
 from unclip_jax.diffusion import gaussian, samplers
 from unclip_jax.diffusion.guidance import classifier_free
+from unclip_jax.diffusion.inpainting import Known, keep_known, mask_channels, resampled
 from unclip_jax.diffusion.schedule import StepTable, make_schedule
 from unclip_jax.inputs import (
     BUCKETS,
@@ -45,6 +46,7 @@ from unclip_jax.stages import to_model, to_pixels
 from unclip_jax.types import Denoise, Keys, Params
 
 RECOMMENDED = Options()
+JUMP, RESAMPLES = 0.1, 5  # share of the steps that make a stretch, and how often each is walked, without training
 
 
 def guided_decoder(
@@ -54,17 +56,24 @@ def guided_decoder(
     text: Text,
     guidance: Float[Array, " b"],
     rescale: Float[Array, ""],
+    keep_text: Bool[Array, " b"] | None = None,
+    beside: Float[Array, "b h w e"] | None = None,
 ) -> Denoise:
-    """The decoder as a denoiser in [-1, 1], told of an embedding and a caption, guided and clipped."""
+    """The decoder as a denoiser in [-1, 1], told of an embedding and a caption, guided and clipped.
+
+    keep_text: false where a caption is dropped, as in training; None: all are kept. beside: further input channels.
+    """
     assert isinstance(config.network, DecoderConfig)
     decoder = Decoder(config.network)
     both = doubled(text, text)
     keep = jnp.arange(2 * len(embedding)) >= len(embedding)
+    keep_both = keep if keep_text is None else keep & jnp.concatenate([keep_text, keep_text])
     told = decoder.apply(
-        {"params": params}, jnp.concatenate([embedding, embedding]), *both, keep, keep, method="condition"
+        {"params": params}, jnp.concatenate([embedding, embedding]), *both, keep, keep_both, method="condition"
     )
 
     def apply(x: Array, t: Array) -> Any:
+        x = x if beside is None else jnp.concatenate([x, jnp.concatenate([beside, beside])], axis=-1)
         return decoder.apply({"params": params}, x, t, told)
 
     denoise = gaussian.denoiser(config.diffusion, make_schedule(config.diffusion), apply)
@@ -84,14 +93,31 @@ def decode(
     rescale: Float[Array, ""],
     eta: Float[Array, ""],
     start: Float[Array, "b h w 3"] | None = None,
+    keep_text: Bool[Array, " b"] | None = None,
+    known: Known | None = None,
 ) -> UInt8[Array, "b h w 3"]:
     """Pictures at the decoder's size from image embeddings and captions; start is x_T, None: noise of the keys."""
     assert isinstance(config.network, DecoderConfig)
-    denoise = guided_decoder(config, params, embedding, text, guidance, rescale)
+    beside = _beside(config.network, known)
+    denoise = guided_decoder(config, params, embedding, text, guidance, rescale, keep_text, beside)
     own, side = stage_keys(keys, DECODER), config.network.size
     x = samplers.initial_noise(own, (side, side, 3)) if start is None else start
-    step = sampler_step(sampler, make_schedule(config.diffusion), config.diffusion, eta)
+    step = _keeping(sampler_step(sampler, make_schedule(config.diffusion), config.diffusion, eta), config, known)
     return to_pixels(samplers.run(step, denoise, own, x, table))
+
+
+def _beside(network: DecoderConfig, known: Known | None) -> Float[Array, "b h w 4"] | None:
+    """The further input channels of a decoder that was trained to inpaint."""
+    if known is None or network.unet.in_channels == 3:
+        return None
+    return mask_channels(to_model(jnp.asarray(known.picture)), jnp.asarray(known.repaint))
+
+
+def _keeping(step: samplers.Step, config: TrainConfig, known: Known | None) -> samplers.Step:
+    if known is None:
+        return step
+    x0, repaint = to_model(jnp.asarray(known.picture)), jnp.asarray(known.repaint)[..., None]
+    return keep_known(step, make_schedule(config.diffusion), x0, repaint)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -103,6 +129,7 @@ def upsample(
     low: UInt8[Array, "b k k 3"],
     table: StepTable,
     eta: Float[Array, ""],
+    known: Known | None = None,
 ) -> UInt8[Array, "b h w 3"]:
     """Pictures at the upsampler's size."""
     assert isinstance(config.network, UpsamplerConfig)
@@ -116,7 +143,8 @@ def upsample(
     denoise = clipped(config.diffusion, gaussian.denoiser(config.diffusion, schedule, apply))
     own = stage_keys(keys, UPSAMPLER + size)
     x = samplers.initial_noise(own, (size, size, 3))
-    return to_pixels(samplers.run(sampler_step(sampler, schedule, config.diffusion, eta), denoise, own, x, table))
+    step = _keeping(sampler_step(sampler, schedule, config.diffusion, eta), config, known)
+    return to_pixels(samplers.run(step, denoise, own, x, table))
 
 
 def check(cascade: Cascade, options: Options) -> int:
@@ -151,11 +179,13 @@ def generate(
     seeds: Sequence[int] | int = 0,
     options: Options = RECOMMENDED,
     progress: Callable[[str], None] = lambda stage: None,
+    known: Known | None = None,
 ) -> UInt8[np.ndarray, "b h w 3"]:
     """Pictures of prompts, uint8 [b size size 3].
 
     seeds: one per prompt, or the first of consecutive ones. progress: called with a stage's name as it begins, by
-    upsamplers for every picture. Raises ValueError for options that make no sense.
+    upsamplers for every picture. known: of that size, one per prompt, what stays of them at every stage. Raises
+    ValueError for options that make no sense.
     """
     size = check(cascade, options)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -166,12 +196,19 @@ def generate(
     pictures = []
     for start in range(0, len(prompts), BUCKETS[-1]):
         part = slice(start, start + BUCKETS[-1])
-        pictures.append(_generate_batch(cascade, prompts[part], seeds[part], options, size, progress))
+        kept = None if known is None else known.rows(part)
+        pictures.append(_generate_batch(cascade, prompts[part], seeds[part], options, size, progress, kept))
     return np.concatenate(pictures)
 
 
 def _generate_batch(
-    cascade: Cascade, prompts: list[str], seeds: list[int], options: Options, size: int, progress: Callable
+    cascade: Cascade,
+    prompts: list[str],
+    seeds: list[int],
+    options: Options,
+    size: int,
+    progress: Callable[[str], None],
+    known: Known | None,
 ) -> UInt8[np.ndarray, "b h w 3"]:
     count = len(prompts)
     padding = next(bucket for bucket in BUCKETS if bucket >= count) - count
@@ -182,8 +219,8 @@ def _generate_batch(
     # Each stage is awaited, so that progress names the one at work.
     embedding = jax.block_until_ready(prior_embeddings(cascade.prior, keys, text, null, options))
     progress(f"decoder {cascade.sizes[0]} px")
-    pictures = jax.block_until_ready(decode_embeddings(cascade, keys, embedding, text, options))
-    return finish(cascade, keys[:count], pictures[:count], size, progress)
+    pictures = jax.block_until_ready(decode_embeddings(cascade, keys, embedding, text, options, known))
+    return finish(cascade, keys[:count], pictures[:count], size, progress, known)
 
 
 def encode_prompts(cascade: Cascade, prompts: Sequence[str]) -> Text:
@@ -193,21 +230,31 @@ def encode_prompts(cascade: Cascade, prompts: Sequence[str]) -> Text:
 
 
 def decode_embeddings(
-    cascade: Cascade, keys: Keys, embedding: Float[Array, "b z"], text: Text, options: Options
+    cascade: Cascade, keys: Keys, embedding: Float[Array, "b z"], text: Text, options: Options,
+    known: Known | None = None,
 ) -> UInt8[Array, "b h w 3"]:
-    """The decoder's pictures at the recommended or the chosen settings."""
+    """The decoder's pictures at the recommended or the chosen settings; of `known`, at any size, a part stays."""
     network = cascade.decoder
     advice: SampleConfig = network.config.sample
     guidance = advice.guidance if options.guidance is None else options.guidance
+    table = table_of(network.config, options.steps or advice.steps)
+    if known is not None:
+        known = known.at(network.config.network.size).padded(len(keys))
+        if network.config.network.unet.in_channels == 3:
+            table = resampled(table, max(1, round(JUMP * int(table.length))), options.resamples or RESAMPLES)
     return decode(
         network.config, options.sampler or advice.sampler, network.params, keys, embedding, text,
-        table_of(network.config, options.steps or advice.steps), per_picture(guidance, len(keys)),
-        np.float32(advice.rescale), np.float32(advice.eta),
+        table, per_picture(guidance, len(keys)), np.float32(advice.rescale), np.float32(advice.eta), known=known,
     )  # fmt: skip
 
 
 def finish(
-    cascade: Cascade, keys: Keys, pictures: Array, size: int, progress: Callable[[str], None] = lambda stage: None
+    cascade: Cascade,
+    keys: Keys,
+    pictures: Array,
+    size: int,
+    progress: Callable[[str], None] = lambda stage: None,
+    known: Known | None = None,
 ) -> UInt8[np.ndarray, "b h w 3"]:
     """The tail that every generation and every edit shares: upsamplers in turn until `size` is reached."""
     for network, side in zip(cascade.upsamplers, cascade.sizes[1:], strict=True):
@@ -220,6 +267,8 @@ def finish(
         for row in range(len(pictures)):
             progress(f"upsampler {side} px")
             one = slice(row, row + 1)
-            larger.append(jax.block_until_ready(enlarge(keys[one], pictures[one], table, np.float32(advice.eta))))
+            kept = None if known is None else known.rows(one).at(side)
+            eta = np.float32(advice.eta)
+            larger.append(jax.block_until_ready(enlarge(keys[one], pictures[one], table, eta, kept)))
         pictures = jnp.concatenate(larger)
     return np.asarray(pictures)

@@ -38,6 +38,7 @@ class Options(NamedTuple):
     prior_steps: int | None = None
     prior_guidance: float | None = None
     candidates: int = 2
+    resamples: int | None = None  # walks through every stretch of noise levels where a plain decoder inpaints
 
 
 RECOMMENDED = Options()

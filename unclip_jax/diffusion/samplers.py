@@ -24,6 +24,7 @@ from unclip_jax.diffusion.schedule import Schedule, StepTable
 from unclip_jax.types import Denoise, Keys, Timesteps
 
 Variance = Literal["small", "large", "learned"]
+PairVariance = Callable[[Timesteps, Timesteps], Float[Array, " b"]]
 
 
 class SamplerState(NamedTuple):
@@ -89,11 +90,12 @@ def step_pair(state: SamplerState, table: StepTable) -> tuple[Timesteps, Timeste
     return jnp.broadcast_to(t, shape), jnp.broadcast_to(t_next, shape)
 
 
-def ddpm(schedule: Schedule, variance: Variance = "small") -> Step:
+def ddpm(schedule: Schedule, variance: Variance | PairVariance = "small") -> Step:
     """Ancestral sampling (arXiv 2006.11239 algorithm 2) on the chain of the table's timesteps.
 
-    variance: betatilde ("small"), beta ("large") or the denoiser's ("learned"). No noise into clean data. A pair
-    that goes up is not a reverse step but renoises x, as resampling does (arXiv 2201.09865).
+    variance: betatilde ("small"), beta ("large"), the denoiser's ("learned") or a function of (t, t_next), such as
+    analytic.reverse_variance. No noise into clean data. A pair that goes up is not a reverse step but renoises x, as
+    resampling does (arXiv 2201.09865).
     """
 
     def step(denoise: Denoise, state: SamplerState, table: StepTable, keys: Keys) -> SamplerState:
@@ -111,6 +113,8 @@ def ddpm(schedule: Schedule, variance: Variance = "small") -> Step:
                     if prediction.log_variance is None:
                         raise ValueError("this network has no learned variance; sample with variance small or large")
                     log_variance = learned_log_variance(schedule, prediction.log_variance, t, t_next)
+                case _:
+                    log_variance = over(jnp.log(variance(t, t_next)), state.x)
             mean = posterior_mean(schedule, prediction.x0, state.x, t, t_next)
             sigma = jnp.where(over(t_next, state.x) < 0, 0.0, jnp.exp(0.5 * log_variance))
             return SamplerState(mean + sigma * noise, prediction.x0, state.done + 1)

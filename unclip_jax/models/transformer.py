@@ -1,9 +1,11 @@
 """Pre-norm transformer blocks: CLIP's towers, both priors and the decoder's text encoder are made of them."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from unclip_jax.config import TransformerConfig
 from unclip_jax.models.precision import dtype_of, precision_of
@@ -32,6 +34,20 @@ def attend(
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value, precision=precision)
 
 
+class Memory(NamedTuple):
+    """Keys and values of one block, so that later tokens need not compute them again."""
+
+    key: Float[Array, "b n h d"]
+    value: Float[Array, "b n h d"]
+
+
+def empty_memory(config: TransformerConfig, rows: int, length: int) -> tuple[Memory, ...]:
+    """Room for the keys and values of `length` tokens in every block, in the compute dtype."""
+    shape = (rows, length, config.heads, config.head_dim or config.width // config.heads)
+    blank = jnp.zeros(shape, dtype_of(config.dtype))
+    return (Memory(blank, blank),) * config.layers
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -39,9 +55,18 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b n d"], mask: Bool[Array, "b 1 #n n"] | None, deterministic: bool = True
-    ) -> Float[Array, "b n d"]:
-        """One block; mask is true where a query (axis 2) may see a key (axis 3)."""
+        self,
+        x: Float[Array, "b n d"],
+        mask: Bool[Array, "b 1 #n m"] | None,
+        deterministic: bool = True,
+        memory: Memory | None = None,
+        place: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "b n d"], Memory]:
+        """One block, and the keys and values that it attended to.
+
+        mask: true where a query (axis 2) may see a key (axis 3). memory: earlier tokens' keys and values, among which
+        x's own are written from `place` on; None: x sees itself alone.
+        """
         config = self.config
         dtype, precision = dtype_of(config.dtype), precision_of(config.dtype)
         head_dim = config.head_dim or config.width // config.heads
@@ -53,7 +78,14 @@ class Block(nn.Module):
             return nn.DenseGeneral((config.heads, head_dim), dtype=dtype, precision=precision, name=name)
 
         h = norm("norm_attention")(x)
-        h = attend(heads("query")(h), heads("key")(h), heads("value")(h), mask, precision)
+        query, own = heads("query")(h), Memory(heads("key")(h), heads("value")(h))
+        if memory is None:
+            memory = own
+        else:
+            memory = Memory(
+                *(jax.lax.dynamic_update_slice_in_dim(m, o, place, 1) for m, o in zip(memory, own, strict=True))
+            )
+        h = attend(query, *memory, mask, precision)
         h = nn.DenseGeneral(config.width, axis=(-2, -1), dtype=dtype, precision=precision, name="project")(h)
         x = x + nn.Dropout(config.dropout)(h, deterministic=deterministic)
 
@@ -62,7 +94,7 @@ class Block(nn.Module):
         h = nn.Dense(hidden, dtype=dtype, precision=precision, name="mlp_in")(h)
         h = quick_gelu(h) if config.activation == "quick_gelu" else jax.nn.gelu(h, approximate=False)
         h = nn.Dense(config.width, dtype=dtype, precision=precision, name="mlp_out")(h)
-        return x + nn.Dropout(config.dropout)(h, deterministic=deterministic)
+        return x + nn.Dropout(config.dropout)(h, deterministic=deterministic), memory
 
 
 class Transformer(nn.Module):
@@ -70,7 +102,10 @@ class Transformer(nn.Module):
 
     config: TransformerConfig
 
-    @nn.compact
+    def setup(self) -> None:
+        """Creates the blocks, block_0 and so on."""
+        self.block = [Block(self.config) for _ in range(self.config.layers)]
+
     def __call__(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None, deterministic: bool = True
     ) -> Float[Array, "b n d"]:
@@ -81,6 +116,27 @@ class Transformer(nn.Module):
             # With a padding mask a row could see nothing at all only if its first token were padding.
             visible = jnp.broadcast_to(causal, (x.shape[0], *causal.shape[1:])) if visible is None else visible & causal
         x = x.astype(dtype_of(self.config.dtype))
-        for layer in range(self.config.layers):
-            x = Block(self.config, name=f"block_{layer}")(x, visible, deterministic)
+        for block in self.block:
+            x, _ = block(x, visible, deterministic)
         return x
+
+    def extend(
+        self,
+        x: Float[Array, "b n d"],
+        memory: tuple[Memory, ...],
+        place: Int[Array, ""] | int,
+        mask: Bool[Array, "b m"],
+    ) -> tuple[Float[Array, "b n d"], tuple[Memory, ...]]:
+        """The states of tokens `place` to `place` + n of a causal sequence of at most m, whose earlier ones `memory` holds.
+
+        memory: of every block, as empty_memory or an earlier call gave it. mask: false on keys that nobody may see.
+        Together with its new memory it equals what __call__ gives for the whole sequence.
+        """
+        causal = jnp.arange(mask.shape[1]) <= place + jnp.arange(x.shape[1])[:, None]
+        visible = mask[:, None, None, :] & causal
+        x = x.astype(dtype_of(self.config.dtype))
+        extended = []
+        for block, old in zip(self.block, memory, strict=True):
+            x, new = block(x, visible, True, old, place)
+            extended.append(new)
+        return x, tuple(extended)

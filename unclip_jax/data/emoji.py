@@ -156,7 +156,13 @@ def _invent(rng: np.random.Generator, scenes: Scenes) -> Content:
 
 
 def _change(rng: np.random.Generator, scenes: Scenes, content: Content) -> Content:
-    """The same content with exactly one thing changed: an object, the background, or the relation (else the size)."""
+    """The same content with exactly one thing changed: an object, the background, or the relation (else the size).
+
+    Half of the changed pairs have their objects change places: to whoever only counts objects it is the same picture,
+    and only those make CLIP learn which object is where.
+    """
+    if content.relation is not None and rng.random() < 0.5:
+        return content._replace(relation=OPPOSITE[content.relation])
     match int(rng.integers(3)):
         case 0:
             others = [c for c in scenes.concepts if c not in content.chosen]
@@ -170,8 +176,6 @@ def _change(rng: np.random.Generator, scenes: Scenes, content: Content) -> Conte
             )
         case _ if content.relation is None:
             return content._replace(sizes=(str(rng.choice([size for size in SIDES if size != content.sizes[0]])),))
-        case _ if rng.random() < 0.5:  # the two change places: the same picture to whoever only counts objects
-            return content._replace(relation=OPPOSITE[content.relation])
         case _:
             return content._replace(relation=[r for r in RELATIONS if r != content.relation][int(rng.integers(3))])
 

@@ -7,6 +7,7 @@ from unclip_jax.data.degrade import area_downsample
 from unclip_jax.data.emoji import (
     OPPOSITE,
     PHRASES,
+    PLACES,
     SIDES,
     UNIT,
     Item,
@@ -100,7 +101,13 @@ def parse(caption: str) -> tuple[list[tuple[str, str]], str | None, str]:
     """Sizes and names in the order of the words, the relation, and the background that a caption states."""
     found = next(match for frame in FRAMES if (match := re.fullmatch(frame, caption)))
     phrases = "|".join(sorted(RELATION_OF, key=len, reverse=True))
-    parts = re.split(rf" ({phrases}) ", found["x"])
+    places = "|".join(PLACES.values())
+    if placed := re.fullmatch(rf"(.+) ({places}) and (.+) ({places})", found["x"]):
+        here, there = (next(relation for relation, words in PLACES.items() if words == placed[i]) for i in (2, 4))
+        assert there == OPPOSITE[here]
+        parts = [placed[1], PHRASES[here][0], placed[3]]
+    else:
+        parts = re.split(rf" ({phrases}) ", found["x"])
     things = []
     for part in parts[::2]:
         size, noun = re.fullmatch(r"(?:an? )?(?:(small|big) )?(.+)", part).groups()  # type: ignore[union-attr]

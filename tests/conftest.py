@@ -23,6 +23,7 @@ def tiny_cascade_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from unclip_jax import config as c
     from unclip_jax.checkpoint import save_network
     from unclip_jax.data.tokenizer import kept_ids
+    from unclip_jax.models.quantiser import Quantiser
     from unclip_jax.stages import build
 
     folder = tmp_path_factory.mktemp("cascade")
@@ -55,6 +56,7 @@ def tiny_cascade_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         "upsampler_256": upsampler(256, 16),
         "upsampler_1024": upsampler(1024, 32),
+        "ar_prior": c.ArPriorConfig(16, 24, 16, 4, 8, 4, c.TransformerConfig(width=16, layers=1, heads=2, causal=True)),
     }
     rng = np.random.default_rng(0)
 
@@ -72,6 +74,10 @@ def tiny_cascade_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name == "prior":
             diffusion, sample = c.DiffusionConfig(prediction="x0", clip=5.0), c.SampleConfig("ddpm", 3, 1.5)
             constants = {"whitening": {"mean": np.full(16, 0.1, np.float32), "std": np.full(16, 0.3, np.float32)}}
+        if name == "ar_prior":
+            low, basis = np.full(4, -1, np.float32), np.eye(16, dtype=np.float32)
+            tables = Quantiser(basis[9] / 9, basis[:, :4], low, -low, np.asarray(8, np.int32), low[1:])  # type: ignore
+            constants = {"quantiser": tables._asdict()}
         config = c.TrainConfig(f"tiny_{name}", network, diffusion, sample)
         shapes = jax.eval_shape(build(config, clip_config).init, jax.random.key(0))
         params = jax.tree_util.tree_map_with_path(random_leaf, shapes)
@@ -80,7 +86,7 @@ def tiny_cascade_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             config,
             params,
             constants=constants,
-            clip=digest if name in ("prior", "decoder") else None,
+            clip=digest if name in ("prior", "ar_prior", "decoder") else None,
             extra=extra,
         )
         digest = saved if name == "clip" else digest

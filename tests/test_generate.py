@@ -5,7 +5,7 @@ import unclip_jax
 from unclip_jax.cascade import Cascade, load_cascade
 from unclip_jax.generate import check, decode, encode_prompts, generate, upsample
 from unclip_jax.inputs import Options, encode, picture_keys
-from unclip_jax.priors import prior_embeddings, sample_prior
+from unclip_jax.priors import prior_embeddings, sample_ar_prior, sample_prior
 
 PROMPT = "a cat on a blue background"
 
@@ -67,9 +67,24 @@ def test_the_prior_keeps_the_candidate_closest_to_the_text(cascade):
     assert (gain > -1e-5).all() and gain.max() > 1e-4
 
 
+def test_the_autoregressive_prior_draws_the_same_alone_and_in_a_batch(cascade, three):
+    options = Options(size=64, prior="ar")
+    drawn = generate(cascade, [PROMPT] * 3, 7, options)
+    assert levels_apart(generate(cascade, [PROMPT], 9, options)[0], drawn[2]) <= 1
+    assert levels_apart(drawn, generate(cascade, [PROMPT] * 3, 7, options._replace(prior="diffusion"))) > 0
+    programs = sample_ar_prior._cache_size()
+    for changed in ({"prior_guidance": 9.0}, {"prior_temperature": 0.0}):
+        other = generate(cascade, [PROMPT] * 3, 7, options._replace(**changed))
+        assert levels_apart(other, drawn) > 0
+    assert sample_ar_prior._cache_size() == programs
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (Options(prior="ar", prior_steps=3), "has no steps to choose"),
+        (Options(prior_temperature=1.0), "has no temperature"),
+        (Options(prior="ar", prior_temperature=-1.0), "prior temperature must be a number"),
         (Options(size=100), "64, 256, 1024 px, not 100"),
         (Options(steps=0), "steps must lie between 1 and 1000, not 0"),
         (Options(steps=1001), "not 1001"),
@@ -82,6 +97,13 @@ def test_the_prior_keeps_the_candidate_closest_to_the_text(cascade):
 def test_options_without_sense_are_refused(cascade, options, said):
     with pytest.raises(ValueError, match=said):
         check(cascade, options)
+
+
+def test_a_cascade_may_lack_the_autoregressive_prior(cascade):
+    alone = cascade._replace(ar_prior=None)
+    with pytest.raises(ValueError, match="no ar_prior.safetensors"):
+        generate(alone, PROMPT, options=Options(size=64, prior="ar"))
+    assert alone.digest != cascade.digest and check(alone, Options(size=64)) == 64
 
 
 @pytest.mark.parametrize(

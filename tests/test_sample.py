@@ -50,6 +50,13 @@ def test_a_prompt_becomes_a_picture_that_says_how_it_was_made(unclip, tmp_path, 
     assert (settings["size"], settings["steps"], settings["guidance"], settings["prior_steps"]) == (1024, 4, 2.0, 3)
 
 
+def test_the_prior_is_named_in_the_picture(unclip):
+    assert unclip(PROMPT, "--size", "64", "--prior", "ar", "--prior-guidance", "3")[0] == 0
+    settings = json.loads(Image.open("unclip.png").text["settings"])
+    assert (settings["prior"], settings["prior_guidance"], settings["prior_temperature"]) == ("ar", 3.0, 1.0)
+    assert "prior_steps" not in settings
+
+
 def test_further_pictures_lie_beside_the_first_with_a_grid(unclip, tmp_path):
     code, out, _ = unclip(PROMPT, "--n", "3", "--size", "64", "--seed", "1", "--out", "new/deep/cat.png")
     expected = ["cat.png", "cat-1.png", "cat-2.png", "cat-grid.png"]
@@ -169,6 +176,12 @@ def no_whitening(folder):
     save_network(folder / "prior.safetensors", network.config, network.params, clip=network.clip)
 
 
+def no_quantiser(folder):
+    network = load_network(folder / "ar_prior.safetensors")
+    tables = {"quantiser": {**network.constants["quantiser"], "buckets": np.asarray(9, np.int32)}}
+    save_network(folder / "ar_prior.safetensors", network.config, network.params, constants=tables, clip=network.clip)
+
+
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
@@ -181,6 +194,7 @@ def no_whitening(folder):
         (another_clip, "was trained on the CLIP"),
         (another_tokenizer, "does not carry the tokenizer"),
         (no_whitening, "lacks the prior's whitening"),
+        (no_quantiser, "lacks the prior's quantiser"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(unclip, tiny_cascade_folder, tmp_path, harm, said):

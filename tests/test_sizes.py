@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from unclip_jax.config import ClipConfig, DecoderConfig, NetworkConfig, PriorConfig, UNetConfig, UpsamplerConfig
+from unclip_jax.config import (
+    ArPriorConfig,
+    ClipConfig,
+    DecoderConfig,
+    NetworkConfig,
+    PriorConfig,
+    UNetConfig,
+    UpsamplerConfig,
+)
+from unclip_jax.models.ar_prior import ArPrior
 from unclip_jax.models.clip import Clip
 from unclip_jax.models.decoder import Decoder, init_decoder
 from unclip_jax.models.prior import Prior
@@ -25,6 +34,7 @@ PAPER = [
     ("dalle2_decoder", "", 3563 * MILLION),
     ("dalle2_decoder", "text_encoder", 1310 * MILLION),
     ("dalle2_prior", "", 1209 * MILLION),
+    ("dalle2_ar_prior", "", 804 * MILLION),  # the latent decoder alone; a text encoder of 24 x 2048 counts apart
     ("dalle2_up256", "", 730 * MILLION),
     ("dalle2_up1024", "", 282 * MILLION),
     ("dalle2_clip", "", 986 * MILLION),
@@ -67,6 +77,10 @@ def _init(config: NetworkConfig, key: jax.Array) -> Params:
                 jnp.ones(states.shape[:2], bool),
             )
             return Prior(config).init(key, z, t, states, mask, z)["params"]
+        case ArPriorConfig():
+            states, z = jnp.zeros((1, config.context_length, config.text_dim)), jnp.zeros((1, config.embedding_dim))
+            tokens, dot_token = jnp.zeros((1, config.components), jnp.int32), jnp.zeros((1,), jnp.int32)
+            return ArPrior(config).init(key, tokens, dot_token, states, jnp.ones(states.shape[:2], bool), z)["params"]
 
 
 def count(tree: Params) -> int:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from unclip_jax.config import (
+    ArPriorConfig,
     ClipConfig,
     DecoderConfig,
     DiffusionConfig,
@@ -18,6 +19,7 @@ from unclip_jax.config import (
     UNetConfig,
     UpsamplerConfig,
 )
+from unclip_jax.models.quantiser import fit
 from unclip_jax.sharding import make_mesh
 from unclip_jax.stages import build, encode_image, to_model, to_pixels
 from unclip_jax.train import init_state, train_step
@@ -33,6 +35,7 @@ STEPS = 40
 CONFIGS = {
     "clip": TrainConfig("clip", CLIP, optim=OPTIM),
     "prior": TrainConfig("prior", PriorConfig(8, 16, 5, CAUSAL), DiffusionConfig(prediction="x0"), optim=OPTIM),
+    "ar_prior": TrainConfig("ar_prior", ArPriorConfig(8, 16, 5, 8, 16, 4, CAUSAL), optim=OPTIM),
     "decoder": TrainConfig(
         "decoder",
         DecoderConfig(
@@ -75,7 +78,14 @@ def context() -> dict[str, Any]:
     embedding = encode_image(CLIP, clip, BATCH.image)
     whitening = {"mean": embedding.mean(0), "std": jnp.full(8, embedding.std(0).mean())}
     empty = jnp.array([[18, 19, 0, 0, 0]], jnp.int32)
-    return {"clip": clip, "whitening": whitening, "empty": {"tokens": empty, "mask": empty > 0}}
+    random = np.random.default_rng(2).normal(size=(64, 8)).astype(np.float32)
+    tables = fit(random / np.linalg.norm(random, axis=1, keepdims=True), random[::-1], 8, 16, 4)._asdict()
+    return {
+        "clip": clip,
+        "whitening": whitening,
+        "quantiser": jax.tree.map(jnp.asarray, tables),
+        "empty": {"tokens": empty, "mask": empty > 0},
+    }
 
 
 def some_params(stage: Stage) -> Any:
@@ -149,7 +159,7 @@ def test_clip_does_not_care_in_what_order_pairs_come(clip_loss):
     np.testing.assert_allclose(clip_loss(shuffled)[0], clip_loss(BATCH)[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["prior", "decoder"])
+@pytest.mark.parametrize("name", ["prior", "ar_prior", "decoder"])
 def test_a_stored_embedding_equals_one_computed_in_the_step(name, context):
     stage = stage_of(name)
     params = some_params(stage)
@@ -209,6 +219,18 @@ def test_the_loss_in_bfloat16_is_about_the_same(context):
     np.testing.assert_allclose(a, b, rtol=1e-2)
 
 
+def test_a_dropped_caption_tells_the_ar_prior_only_its_dot_product(context):
+    """With one bucket for all dot products, the loss of dropped captions is the same whatever they said."""
+    embedded = BATCH._replace(embedding=encode_image(CLIP, context["clip"], BATCH.image))
+    blind = context | {"quantiser": context["quantiser"] | {"dot_edges": jnp.full(3, 2.0)}}
+    params, moved = jax.tree.map(lambda x: 5 * x, some_params(stage_of("ar_prior"))), []
+    for drop in (0.0, 1.0):
+        stage = stage_of("ar_prior", network=replace(CONFIGS["ar_prior"].network, text_drop=drop))
+        loss = jax.jit(lambda batch, stage=stage: stage.loss(params, blind, batch, jax.random.key(1))[0])
+        moved.append(abs(float(loss(embedded) - loss(embedded._replace(tokens=BATCH.tokens[::-1])))))
+    assert moved[0] > 1e-5 and moved[1] == 0
+
+
 def test_bytes_survive_the_models_range():
     every = jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1).repeat(3, 3)
     assert np.array_equal(to_pixels(to_model(every)), every)
@@ -218,6 +240,8 @@ def test_bytes_survive_the_models_range():
 def test_what_cannot_be_built_is_refused(context):
     with pytest.raises(ValueError, match="trains on a frozen CLIP: name its file with --clip"):
         build(CONFIGS["prior"])
+    with pytest.raises(ValueError, match="causal: set --network.transformer.causal true"):
+        stage_of("ar_prior", network=replace(CONFIGS["ar_prior"].network, transformer=TOWER))
     stage = stage_of("upsampler")
     with pytest.raises(ValueError, match="set data.low_size"):
         jax.eval_shape(lambda key: stage.loss(stage.init(key), {}, BATCH._replace(low=None), key), jax.random.key(0))

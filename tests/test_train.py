@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,10 +15,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unclip_jax.checkpoint.safetensors import load_network
+from unclip_jax.checkpoint.safetensors import load_network, save_network
 from unclip_jax.checkpoint.schema import CheckpointError
 from unclip_jax.checkpoint.store import Store
-from unclip_jax.config import ClipConfig, DataConfig, OptimConfig, PriorConfig, TrainConfig, TransformerConfig
+from unclip_jax.config import (
+    ArPriorConfig,
+    ClipConfig,
+    DataConfig,
+    OptimConfig,
+    PriorConfig,
+    TrainConfig,
+    TransformerConfig,
+)
 from unclip_jax.sharding import make_mesh
 from unclip_jax.train import TrainingError, fit, init_state, train_step
 from unclip_jax.types import Batch, Stage, TrainState
@@ -220,6 +229,37 @@ def test_a_prior_trains_on_stored_embeddings_and_resumes_bit_for_bit(trained, me
     np.testing.assert_allclose(np.linalg.norm(stored, axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(((stored - mean) / std).mean(0), 0, atol=1e-3)
     np.testing.assert_allclose(((stored - mean) / std).std(0).mean(), 1, rtol=1e-3)
+
+
+def test_an_ar_prior_keeps_the_constants_that_it_was_trained_with(trained, mesh, tmp_path):
+    """Resumed or started from a file, it reads them from there; a changed file shows that nothing is fitted again."""
+    from unclip_jax.run import train
+
+    clip = str(trained[0] / "clip.safetensors")
+    network = ArPriorConfig(8, 16, 32, 8, 16, 4, TransformerConfig(width=16, layers=1, heads=2, causal=True))
+    config, folder = replace(TINY_PRIOR, name="tiny_ar", network=network, clip=clip), tmp_path / "run"
+    train(replace(config, steps=2), folder, mesh)
+    path = folder / "ar_prior.safetensors"
+    fitted = load_network(path)
+    tables = fitted.constants["quantiser"]
+    np.testing.assert_allclose(tables["components"].T @ tables["components"], np.eye(8), atol=1e-5)
+    assert tables["buckets"] == 16 and tables["dot_edges"].shape == (3,)
+    changed = {"quantiser": tables | {"low": tables["low"] - 1}}
+    save_network(path, config, fitted.params, constants=changed, clip=fitted.clip)
+    shutil.copy(path, tmp_path / "start.safetensors")
+    train(replace(config, steps=3), folder, mesh)
+    assert load_network(path).extra["steps"] == 3 and same(load_network(path).constants, changed)
+    train(replace(config, steps=1), tmp_path / "new", mesh, init_from=tmp_path / "start.safetensors")
+    assert same(load_network(tmp_path / "new" / "ar_prior.safetensors").constants, changed)
+
+
+def test_too_few_components_are_refused_before_training(trained, mesh, tmp_path):
+    from unclip_jax.run import train
+
+    network = ArPriorConfig(8, 16, 32, 1, 16, 4, TransformerConfig(width=16, layers=1, heads=2, causal=True))
+    config = replace(TINY_PRIOR, network=network, clip=str(trained[0] / "clip.safetensors"))
+    with pytest.raises(ValueError, match="the network has 1: set --network.components"):
+        train(config, tmp_path, mesh)
 
 
 def test_training_starts_from_given_weights(trained, mesh, tmp_path):

@@ -1,14 +1,15 @@
 """A loaded cascade: CLIP, prior, decoder and upsamplers that belong together, with the tokenizer that they share."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 
 from unclip_jax.checkpoint.safetensors import Network, check_tree, load_network
 from unclip_jax.checkpoint.schema import CheckpointError
-from unclip_jax.config import ClipConfig, DecoderConfig, PriorConfig, UpsamplerConfig
+from unclip_jax.config import ArPriorConfig, ClipConfig, DecoderConfig, PriorConfig, UpsamplerConfig
 from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.models.quantiser import shapes
 from unclip_jax.stages import build
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -17,8 +18,9 @@ SHIPPED = Path(__file__).parent / "weights"
 class Cascade(NamedTuple):
     """The networks of one cascade.
 
-    words: what its captions were made of. sizes: sides of the pictures that it makes, in px. digest: identifies all
-    its weights together.
+    words: what its captions were made of. ar_prior: the autoregressive one, and inpaint, the decoder that
+    was trained to inpaint, where there are such. sizes: sides of the pictures that it makes, in px. digest: identifies
+    all its weights together.
     """
 
     tokenizer: ClipTokenizer
@@ -27,6 +29,16 @@ class Cascade(NamedTuple):
     decoder: Network
     upsamplers: tuple[Network, ...]
     words: tuple[str, ...]
+    ar_prior: Network | None = None
+    inpaint: Network | None = None
+
+    def chosen_prior(self, name: Literal["diffusion", "ar"]) -> Network:
+        """The prior of a name; ValueError where the cascade lacks it."""
+        if name == "diffusion":
+            return self.prior
+        if self.ar_prior is None:
+            raise ValueError("this cascade has no ar_prior.safetensors: train one, or choose the prior diffusion")
+        return self.ar_prior
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -36,8 +48,8 @@ class Cascade(NamedTuple):
     @property
     def digest(self) -> str:
         """The networks' digests, joined."""
-        networks = (self.clip, self.prior, self.decoder, *self.upsamplers)
-        return "-".join(network.digest[:6] for network in networks)
+        networks = (self.clip, self.prior, self.ar_prior, self.decoder, self.inpaint, *self.upsamplers)
+        return "-".join(network.digest[:6] for network in networks if network is not None)
 
 
 def tokenizer_from(clip: Network) -> ClipTokenizer:
@@ -75,6 +87,11 @@ def _check_widths(network: Network, clip: ClipConfig, path: Path) -> None:
             statistics = network.constants.get("whitening", {})
             if {name: array.shape for name, array in statistics.items()} != {"mean": (image,), "std": (image,)}:
                 raise CheckpointError(f"'{path}' lacks the prior's whitening constants: fetch or train it again")
+        case ArPriorConfig(embedding_dim=image, text_dim=text, context_length=length) as config:
+            tables = network.constants.get("quantiser", {})
+            found = {name: array.shape for name, array in tables.items()}
+            if found != shapes(config) or tables["buckets"] != config.buckets:
+                raise CheckpointError(f"'{path}' lacks the prior's quantiser constants: fetch or train it again")
         case DecoderConfig(image_embedding_dim=image, text_encoder=None, text_dim=text, context_length=length):
             pass
         case _:
@@ -95,18 +112,36 @@ def load_clip(folder: str | Path) -> Network:
     return load_checked(folder / "clip.safetensors", ClipConfig)
 
 
+def _load_decoder(path: Path, clip: Network, channels: int) -> Network:
+    """A decoder of so many input channels: 3, or 7 where it inpaints."""
+    network = load_checked(path, DecoderConfig, clip)
+    found = network.config.network.unet.in_channels  # type: ignore[union-attr]
+    if found != channels:
+        raise CheckpointError(
+            f"'{path}' reads {found} channels, not {channels}: plain decoders read 3, inpainting ones 7"
+        )
+    return network
+
+
 def load_cascade(folder: str | Path = SHIPPED) -> Cascade:
     """The cascade of a folder: clip, prior, decoder and upsampler_<size>.safetensors; the shipped one by default.
 
+    ar_prior.safetensors and inpaint.safetensors may be there too.
     Raises CheckpointError in one sentence where a file is missing, damaged, or does not belong to the others.
     """
     folder = Path(folder)
     clip = load_clip(folder)
     prior = load_checked(folder / "prior.safetensors", PriorConfig, clip)
-    decoder = load_checked(folder / "decoder.safetensors", DecoderConfig, clip)
+    ar_path = folder / "ar_prior.safetensors"
+    ar_prior = load_checked(ar_path, ArPriorConfig, clip) if ar_path.exists() else None
+    decoder = _load_decoder(folder / "decoder.safetensors", clip, channels=3)
+    inpaint_path = folder / "inpaint.safetensors"
+    inpaint = _load_decoder(inpaint_path, clip, channels=7) if inpaint_path.exists() else None
     found = [load_checked(path, UpsamplerConfig) for path in folder.glob("upsampler_*.safetensors")]
     upsamplers = sorted(found, key=lambda network: network.config.network.size)  # type: ignore[union-attr]
     side = decoder.config.network.size  # type: ignore[union-attr]
+    if inpaint is not None and inpaint.config.network.size != side:  # type: ignore[union-attr]
+        raise CheckpointError(f"'{inpaint_path}' does not make pictures of {side} px, as the decoder does")
     for network in upsamplers:
         config = network.config.network
         assert isinstance(config, UpsamplerConfig)
@@ -116,4 +151,4 @@ def load_cascade(folder: str | Path = SHIPPED) -> Cascade:
             )
         side = config.size
     words = tuple(clip.extra.get("words", ()))
-    return Cascade(tokenizer_from(clip), clip, prior, decoder, tuple(upsamplers), words)
+    return Cascade(tokenizer_from(clip), clip, prior, decoder, tuple(upsamplers), words, ar_prior, inpaint)

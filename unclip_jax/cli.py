@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 
-from unclip_jax import __version__
+from unclip_jax import __version__, edit_command, paint_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,39 +46,63 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--sampler", choices=("ddpm", "ddim", "dpm"), help="of the decoder (default: its config's)")
     sample.add_argument("--steps", type=int, help="of the decoder; fewer are faster")
     sample.add_argument("--guidance", type=float, help="of the decoder; more follows the prompt closer")
-    sample.add_argument("--prior-steps", type=int, help="of the prior")
+    sample.add_argument("--prior", choices=("diffusion", "ar"), default="diffusion", help="what makes image embeddings")
+    sample.add_argument("--prior-steps", type=int, help="of the diffusion prior")
     sample.add_argument("--prior-guidance", type=float, help="of the prior")
-    sample.add_argument("--candidates", type=int, default=2, help="image embeddings the prior chooses from (default 2)")
+    sample.add_argument("--prior-temperature", type=float, help="of the autoregressive prior")
+    sample.add_argument("--candidates", type=int, default=2, help="what the diffusion prior chooses from (default 2)")
+    sample.add_argument("--rank-from", type=int, default=1, help="keep CLIP's favourite of so many (default 1)")
+    sample.add_argument(
+        "--clip-guidance", type=float, default=0.0, help="pull of CLIP's gradient on the decoder (default 0, off)"
+    )
     sample.add_argument("--weights", type=Path, help="folder of a cascade (default: the one that ships)")
     sample.add_argument(
         "--out", type=Path, default=Path("unclip.png"), help="a .png path, or a folder (default unclip.png)"
     )
     sample.set_defaults(run=_sample)
 
+    edit_command.add_parsers(commands)
+    paint_command.add_parsers(commands)
+
     vocabulary = commands.add_parser("vocabulary", help="list the words that a cascade was trained on")
     vocabulary.add_argument("--weights", type=Path, help="folder of a cascade (default: the one that ships)")
     vocabulary.set_defaults(run=_vocabulary)
 
     evaluate = commands.add_parser("evaluate", help="measure a cascade on held-out scenes")
-    evaluate.add_argument("what", choices=("scenes", "clip", "prior", "upsamplers"))
+    evaluate.add_argument("what", choices=("scenes", "ranking", "edits", "clip", "prior", "upsamplers", "painting"))
     evaluate.add_argument("--weights", type=Path, help="folder of a cascade (default: the one that ships)")
     evaluate.add_argument(
-        "--n", type=int, help="captions (256), sets of 64 scenes (clip 8, prior 4) or pictures per upsampler (32)"
+        "--n",
+        type=int,
+        help="captions (256), edits or masked scenes (64), sets of 64 scenes (clip 8, prior 4), pictures enlarged (32)",
     )
-    evaluate.add_argument("--large", type=int, default=0, help="scenes: so many at the largest size too (default 0)")
+    evaluate.add_argument("--large", type=int, default=0, help="scenes, painting: so many at the largest size too")
     evaluate.add_argument("--seed", type=int, default=0, help="of the first picture")
     evaluate.add_argument("--sampler", choices=("ddpm", "ddim", "dpm"), help="of the decoder (default: its config's)")
     evaluate.add_argument("--steps", type=int, help="of the decoder")
     evaluate.add_argument("--guidance", type=float, help="of the decoder")
-    evaluate.add_argument("--prior-steps", type=int, help="of the prior")
+    evaluate.add_argument("--prior", choices=("diffusion", "ar"), default="diffusion", help="scenes, prior: which one")
+    evaluate.add_argument("--prior-steps", type=int, help="of the diffusion prior")
     evaluate.add_argument("--prior-guidance", type=float, help="of the prior")
-    evaluate.add_argument("--candidates", type=int, default=2, help="image embeddings the prior chooses from")
+    evaluate.add_argument("--prior-temperature", type=float, help="of the autoregressive prior")
+    evaluate.add_argument("--candidates", type=int, default=2, help="image embeddings the diffusion prior chooses from")
+    evaluate.add_argument("--rank-from", type=int, help="scenes (1), ranking (16): pictures that CLIP chooses from")
+    evaluate.add_argument("--clip-guidance", type=float, default=0.0, help="scenes, ranking: as of unclip sample")
+    evaluate.add_argument("--resamples", type=int, help="painting: as of unclip inpaint")
+    evaluate.add_argument("--compare", action="store_true", help="prior: small and analytic variance at 8 to 64 steps")
     evaluate.add_argument("--true-embedding", action="store_true", help="scenes: CLIP's embedding, not the prior's")
     evaluate.add_argument("--truth", action="store_true", help="scenes: score true renders, the scorer's own check")
     evaluate.add_argument("--shuffle", action="store_true", help="scenes: also against other captions, which is chance")
     evaluate.add_argument("--out", type=Path, help="figures, command and versions as JSON")
     evaluate.add_argument("--pictures", type=Path, help="a contact sheet as PNG")
     evaluate.set_defaults(run=_evaluate)
+
+    analytic = commands.add_parser("analytic", help="measure a diffusion prior's best variances and store them with it")
+    analytic.add_argument("--weights", type=Path, required=True, help="folder of a cascade; its prior is written anew")
+    analytic.add_argument("--n", type=int, default=512, help="training pictures (default 512)")
+    analytic.add_argument("--timesteps", type=int, default=100, help="noise levels that are measured (default 100)")
+    analytic.add_argument("--adopt", action="store_true", help="make the analytic sampler the one that the prior uses")
+    analytic.set_defaults(run=_analytic)
 
     train = commands.add_parser(
         "train",
@@ -114,6 +138,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     from unclip_jax.evaluate.command import evaluate_to_files
 
     evaluate_to_files(options)
+
+
+def _analytic(options: argparse.Namespace) -> None:
+    from unclip_jax.evaluate.variances import analytic_to_file
+
+    analytic_to_file(options)
 
 
 def _train(options: argparse.Namespace) -> None:

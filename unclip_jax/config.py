@@ -53,6 +53,20 @@ class PriorConfig:
 
 
 @dataclass(frozen=True)
+class ArPriorConfig:
+    """Autoregressive prior (paper section 2.2): text -> CLIP image embedding, as one token per principal component."""
+
+    embedding_dim: int = 768
+    text_dim: int = 768  # width of the text states that it reads
+    context_length: int = 77
+    components: int = 319  # tokens; at least as many as keep 99% of the embeddings' variance
+    buckets: int = 1024  # of a component's coefficient
+    dot_buckets: int = 50  # of z_i . z_t
+    transformer: TransformerConfig = TransformerConfig(1664, 24, 26, causal=True)
+    text_drop: float = 0.1
+
+
+@dataclass(frozen=True)
 class UNetConfig:
     """ADM U-Net (arXiv 2105.05233): sizes as in the paper's Table 3; channels * multipliers per level."""
 
@@ -135,11 +149,12 @@ class DiffusionConfig:
 class SampleConfig:
     """Recommended sampling of one stage; a command's options override it."""
 
-    sampler: Literal["ddpm", "ddim", "dpm"] = "ddim"
+    sampler: Literal["ddpm", "ddim", "dpm", "analytic"] = "ddim"  # analytic: of diffusion priors, after unclip analytic
     steps: int = 25
     guidance: float = 1.0
     rescale: float = 0.0
     eta: float = 0.0
+    temperature: float = 1.0  # of the autoregressive prior, which reads this and guidance alone
 
 
 @dataclass(frozen=True)
@@ -180,7 +195,7 @@ class DataConfig:
     seed: int = 0
 
 
-NetworkConfig = ClipConfig | PriorConfig | DecoderConfig | UpsamplerConfig
+NetworkConfig = ClipConfig | PriorConfig | ArPriorConfig | DecoderConfig | UpsamplerConfig
 
 
 @dataclass(frozen=True)

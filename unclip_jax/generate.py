@@ -19,9 +19,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 from unclip_jax.cascade import Cascade
-from unclip_jax.config import DecoderConfig, SampleConfig, TrainConfig, UpsamplerConfig
+from unclip_jax.config import ClipConfig, DecoderConfig, SampleConfig, TrainConfig, UpsamplerConfig
 from unclip_jax.diffusion import gaussian, samplers
-from unclip_jax.diffusion.guidance import classifier_free
+from unclip_jax.diffusion.guidance import classifier_free, score_guided
 from unclip_jax.diffusion.inpainting import Known, keep_known, mask_channels, resampled
 from unclip_jax.diffusion.schedule import StepTable, make_schedule
 from unclip_jax.inputs import (
@@ -35,6 +35,7 @@ from unclip_jax.inputs import (
     doubled,
     encode,
     per_picture,
+    picture_keys,
     sampler_step,
     stage_keys,
     table_of,
@@ -42,6 +43,7 @@ from unclip_jax.inputs import (
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.upsampler import Upsampler, resize_low
 from unclip_jax.priors import prior_embeddings
+from unclip_jax.rank import Candidates, ClipGuidance, candidate_keys, chosen, clip_scores, picture_score
 from unclip_jax.stages import to_model, to_pixels
 from unclip_jax.types import Denoise, Keys, Params
 
@@ -54,33 +56,34 @@ def guided_decoder(
     params: Params,
     embedding: Float[Array, "b z"],
     text: Text,
-    guidance: Float[Array, " b"],
+    guidance: Float[Array, " b"] | None,
     rescale: Float[Array, ""],
     keep_text: Bool[Array, " b"] | None = None,
     beside: Float[Array, "b h w e"] | None = None,
 ) -> Denoise:
     """The decoder as a denoiser in [-1, 1], told of an embedding and a caption, guided and clipped.
 
-    keep_text: false where a caption is dropped, as in training; None: all are kept. beside: further input channels.
+    guidance None: 1, at half the cost. keep_text: false where a caption is dropped, as in training; None: all are kept.
+    beside: further input channels.
     """
     assert isinstance(config.network, DecoderConfig)
-    decoder = Decoder(config.network)
-    both = doubled(text, text)
-    keep = jnp.arange(2 * len(embedding)) >= len(embedding)
-    keep_both = keep if keep_text is None else keep & jnp.concatenate([keep_text, keep_text])
+    decoder, passes = Decoder(config.network), 1 if guidance is None else 2
+    both = text if guidance is None else doubled(text, text)
+    keep = jnp.arange(passes * len(embedding)) >= (passes - 1) * len(embedding)
+    keep_both = keep if keep_text is None else keep & jnp.concatenate([keep_text] * passes)
     told = decoder.apply(
-        {"params": params}, jnp.concatenate([embedding, embedding]), *both, keep, keep_both, method="condition"
+        {"params": params}, jnp.concatenate([embedding] * passes), *both, keep, keep_both, method="condition"
     )
 
     def apply(x: Array, t: Array) -> Any:
-        x = x if beside is None else jnp.concatenate([x, jnp.concatenate([beside, beside])], axis=-1)
+        x = x if beside is None else jnp.concatenate([x, jnp.concatenate([beside] * passes)], axis=-1)
         return decoder.apply({"params": params}, x, t, told)
 
     denoise = gaussian.denoiser(config.diffusion, make_schedule(config.diffusion), apply)
-    return clipped(config.diffusion, classifier_free(denoise, guidance, rescale))
+    return clipped(config.diffusion, denoise if guidance is None else classifier_free(denoise, guidance, rescale))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1), static_argnames=("clip",))
 def decode(
     config: TrainConfig,
     sampler: Sampler,
@@ -93,13 +96,18 @@ def decode(
     rescale: Float[Array, ""],
     eta: Float[Array, ""],
     start: Float[Array, "b h w 3"] | None = None,
-    keep_text: Bool[Array, " b"] | None = None,
     known: Known | None = None,
+    clip: ClipConfig | None = None,
+    clip_guidance: ClipGuidance | None = None,
 ) -> UInt8[Array, "b h w 3"]:
     """Pictures at the decoder's size from image embeddings and captions; start is x_T, None: noise of the keys."""
     assert isinstance(config.network, DecoderConfig)
     beside = _beside(config.network, known)
-    denoise = guided_decoder(config, params, embedding, text, guidance, rescale, keep_text, beside)
+    denoise = guided_decoder(config, params, embedding, text, guidance, rescale, beside=beside)
+    if clip is not None and clip_guidance is not None:
+        score = picture_score(clip, clip_guidance.params, text.embedding)
+        pulled = score_guided(make_schedule(config.diffusion), denoise, score, clip_guidance.scale)
+        denoise = clipped(config.diffusion, pulled)
     own, side = stage_keys(keys, DECODER), config.network.size
     x = samplers.initial_noise(own, (side, side, 3)) if start is None else start
     step = _keeping(sampler_step(sampler, make_schedule(config.diffusion), config.diffusion, eta), config, known)
@@ -153,17 +161,29 @@ def check(cascade: Cascade, options: Options) -> int:
     if size not in cascade.sizes:
         known = ", ".join(map(str, cascade.sizes))
         raise ValueError(f"this cascade makes pictures of {known} px, not {size}")
+    prior = cascade.chosen_prior(options.prior)
+    if options.prior == "ar" and options.prior_steps is not None:
+        raise ValueError("the autoregressive prior has no steps to choose: leave prior steps out")
+    if options.prior == "diffusion" and options.prior_temperature is not None:
+        raise ValueError("the diffusion prior has no temperature: choose the prior ar, or leave it out")
     for name, steps, config in (
         ("steps", options.steps, cascade.decoder.config),
-        ("prior steps", options.prior_steps, cascade.prior.config),
+        ("prior steps", options.prior_steps, prior.config),
     ):
         if steps is not None and not 1 <= steps <= config.diffusion.steps:
             raise ValueError(f"{name} must lie between 1 and {config.diffusion.steps}, not {steps}")
-    for name, scale in (("guidance", options.guidance), ("prior guidance", options.prior_guidance)):
+    for name, scale in (
+        ("guidance", options.guidance),
+        ("prior guidance", options.prior_guidance),
+        ("prior temperature", options.prior_temperature),
+        ("clip guidance", options.clip_guidance),
+    ):
         if scale is not None and not (np.isfinite(scale) and 0 <= scale <= 100):
             raise ValueError(f"{name} must be a number between 0 and 100, not {scale}")
     if not 1 <= options.candidates <= 64:
         raise ValueError(f"candidates must lie between 1 and 64, not {options.candidates}")
+    if not 1 <= options.rank_from <= 512:
+        raise ValueError(f"rank from must lie between 1 and 512, not {options.rank_from}")
     return size
 
 
@@ -187,40 +207,84 @@ def generate(
     upsamplers for every picture. known: of that size, one per prompt, what stays of them at every stage. Raises
     ValueError for options that make no sense.
     """
+    return generate_ranked(cascade, prompts, seeds, options, progress, known)[0]
+
+
+def generate_ranked(
+    cascade: Cascade,
+    prompts: Sequence[str] | str,
+    seeds: Sequence[int] | int = 0,
+    options: Options = RECOMMENDED,
+    progress: Callable[[str], None] = lambda stage: None,
+    known: Known | None = None,
+) -> tuple[UInt8[np.ndarray, "b h w 3"], Float[np.ndarray, "b n"] | None]:
+    """As generate, and CLIP's scores of all candidates, of which the highest was kept; None where n is 1."""
     size = check(cascade, options)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = list(range(seeds, seeds + len(prompts)) if isinstance(seeds, int) else seeds)
     if not prompts or len(seeds) != len(prompts):
         raise ValueError(f"pictures need a prompt and a seed each, not {len(prompts)} prompts and {len(seeds)} seeds")
     check_seeds(min(seeds), max(seeds))
-    pictures = []
+    pictures, scores = [], []
     for start in range(0, len(prompts), BUCKETS[-1]):
         part = slice(start, start + BUCKETS[-1])
         kept = None if known is None else known.rows(part)
-        pictures.append(_generate_batch(cascade, prompts[part], seeds[part], options, size, progress, kept))
-    return np.concatenate(pictures)
+        drawn = draw_candidates(cascade, prompts[part], seeds[part], options, progress, kept)
+        best, keys = chosen(drawn)
+        pictures.append(finish(cascade, keys, jnp.asarray(best), size, progress, kept))
+        scores.append(drawn.scores)
+    return np.concatenate(pictures), None if options.rank_from == 1 else np.concatenate(scores)
 
 
-def _generate_batch(
+def draw_candidates(
+    cascade: Cascade,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    options: Options,
+    progress: Callable[[str], None] = lambda stage: None,
+    known: Known | None = None,
+) -> Candidates:
+    """options.rank_from pictures of every prompt at the decoder's size, drawn and scored a bucket at a time."""
+    count = options.rank_from
+    keys = candidate_keys(jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32)), count).reshape(-1)
+    pictures, scores = [], []
+    for start in range(0, len(keys), BUCKETS[-1]):
+        own = keys[start : start + BUCKETS[-1]]
+        of = (start + np.arange(len(own))) // count
+        kept = None if known is None else Known(known.picture[of], known.repaint[of])
+        drawn, liked = _draw_batch(cascade, [prompts[i] for i in of.tolist()], own, options, progress, kept)
+        pictures.append(drawn)
+        scores.append(liked)
+    shape = len(prompts), count
+    return Candidates(
+        np.concatenate(pictures).reshape(*shape, *pictures[0].shape[1:]),
+        keys.reshape(shape),
+        None if count == 1 else np.concatenate(scores).reshape(shape),
+    )
+
+
+def _draw_batch(
     cascade: Cascade,
     prompts: list[str],
-    seeds: list[int],
+    keys: Keys,
     options: Options,
-    size: int,
     progress: Callable[[str], None],
     known: Known | None,
-) -> UInt8[np.ndarray, "b h w 3"]:
+) -> tuple[UInt8[np.ndarray, "b h w 3"], Float[np.ndarray, " b"]]:
     count = len(prompts)
     padding = next(bucket for bucket in BUCKETS if bucket >= count) - count
-    keys = jax.vmap(jax.random.key)(np.asarray([*seeds, *[0] * padding], np.uint32))
+    keys = jnp.concatenate([keys, picture_keys(0, padding)])
     progress("text")
     text, null = encode_prompts(cascade, [*prompts, *[""] * padding]), encode_prompts(cascade, [""])
     progress("prior")
     # Each stage is awaited, so that progress names the one at work.
-    embedding = jax.block_until_ready(prior_embeddings(cascade.prior, keys, text, null, options))
+    embedding = jax.block_until_ready(prior_embeddings(cascade.chosen_prior(options.prior), keys, text, null, options))
     progress(f"decoder {cascade.sizes[0]} px")
     pictures = jax.block_until_ready(decode_embeddings(cascade, keys, embedding, text, options, known))
-    return finish(cascade, keys[:count], pictures[:count], size, progress, known)
+    if options.rank_from == 1:
+        return np.asarray(pictures)[:count], np.zeros(count, np.float32)
+    scores = clip_scores(cascade.clip.config, cascade.clip.params, pictures, text.embedding)
+    return np.asarray(pictures)[:count], np.asarray(scores)[:count]
 
 
 def encode_prompts(cascade: Cascade, prompts: Sequence[str]) -> Text:
@@ -230,7 +294,11 @@ def encode_prompts(cascade: Cascade, prompts: Sequence[str]) -> Text:
 
 
 def decode_embeddings(
-    cascade: Cascade, keys: Keys, embedding: Float[Array, "b z"], text: Text, options: Options,
+    cascade: Cascade,
+    keys: Keys,
+    embedding: Float[Array, "b z"],
+    text: Text,
+    options: Options,
     known: Known | None = None,
 ) -> UInt8[Array, "b h w 3"]:
     """The decoder's pictures at the recommended or the chosen settings; of `known`, at any size, a part stays."""
@@ -239,12 +307,19 @@ def decode_embeddings(
     guidance = advice.guidance if options.guidance is None else options.guidance
     table = table_of(network.config, options.steps or advice.steps)
     if known is not None:
-        known = known.at(network.config.network.size).padded(len(keys))
-        if network.config.network.unet.in_channels == 3:
+        decoder = network.config.network
+        assert isinstance(decoder, DecoderConfig)
+        known = known.at(decoder.size).padded(len(keys))
+        if decoder.unet.in_channels == 3:
             table = resampled(table, max(1, round(JUMP * int(table.length))), options.resamples or RESAMPLES)
+    pull: dict[str, Any] = {}
+    if options.clip_guidance:
+        scale = jnp.asarray(per_picture(options.clip_guidance, len(keys)))
+        pull = {"clip": cascade.clip.config.network, "clip_guidance": ClipGuidance(cascade.clip.params, scale)}
     return decode(
         network.config, options.sampler or advice.sampler, network.params, keys, embedding, text,
         table, per_picture(guidance, len(keys)), np.float32(advice.rescale), np.float32(advice.eta), known=known,
+        **pull,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from unclip_jax.diffusion.schedule import Schedule, StepTable, step_table, strid
 from unclip_jax.models.clip import Clip
 from unclip_jax.types import Denoise, Keys, Params
 
-Sampler = Literal["ddpm", "ddim", "dpm"]
+Sampler = Literal["ddpm", "ddim", "dpm", "analytic"]
 BUCKETS = (1, 2, 4, 8, 16)  # batch sizes that programs are compiled for
 PRIOR, DECODER, UPSAMPLER = 1, 2, 3  # what a picture's key is folded with, so that stages draw different noise
 
@@ -37,8 +37,12 @@ class Options(NamedTuple):
     guidance: float | None = None  # of the decoder
     prior_steps: int | None = None
     prior_guidance: float | None = None
-    candidates: int = 2
+    candidates: int = 2  # of the diffusion prior
+    prior: Literal["diffusion", "ar"] = "diffusion"
+    prior_temperature: float | None = None  # of the autoregressive prior
     resamples: int | None = None  # walks through every stretch of noise levels where a plain decoder inpaints
+    rank_from: int = 1  # pictures made of each prompt, of which CLIP's favourite is kept
+    clip_guidance: float = 0.0  # of the decoder, along the gradient of CLIP's logit of picture and prompt
 
 
 RECOMMENDED = Options()
@@ -63,6 +67,8 @@ def sampler_step(sampler: Sampler, schedule: Schedule, diffusion: DiffusionConfi
             return samplers.ddim(schedule, eta)
         case "dpm":
             return samplers.dpm_solver_pp_2m(schedule)
+        case "analytic":
+            raise ValueError("only diffusion priors have analytic variances: choose the sampler ddpm, ddim or dpm")
 
 
 def table_of(config: TrainConfig, steps: int) -> StepTable:

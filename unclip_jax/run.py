@@ -15,15 +15,27 @@ from tqdm import tqdm
 
 from unclip_jax.cascade import load_checked, tokenizer_from
 from unclip_jax.checkpoint.safetensors import Network, check_tree, load_network, save_network
-from unclip_jax.config import ClipConfig, DataConfig, DecoderConfig, PriorConfig, TrainConfig, UpsamplerConfig
+from unclip_jax.config import (
+    ArPriorConfig,
+    ClipConfig,
+    DataConfig,
+    DecoderConfig,
+    PriorConfig,
+    TrainConfig,
+    UNetConfig,
+    UpsamplerConfig,
+)
 from unclip_jax.data.emoji import caption_words
 from unclip_jax.data.loader import batches, scenes_of, tokenizer_of
 from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.inputs import encode
+from unclip_jax.models import quantiser
 from unclip_jax.stages import build, encode_image
 from unclip_jax.train import fit
 from unclip_jax.types import Batch, Params, TrainState
 
-WHITENING_PICTURES = 8192
+FITTED_PICTURES = 8192  # that a prior's constants are fitted on, where it does not train on stored ones
+FITTED = ("whitening", "quantiser")  # names of those constants
 
 
 def weights_name(config: TrainConfig) -> str:
@@ -33,8 +45,10 @@ def weights_name(config: TrainConfig) -> str:
             return "clip.safetensors"
         case PriorConfig():
             return "prior.safetensors"
-        case DecoderConfig():
-            return "decoder.safetensors"
+        case ArPriorConfig():
+            return "ar_prior.safetensors"
+        case DecoderConfig(unet=unet):
+            return "decoder.safetensors" if unet.in_channels == 3 else "inpaint.safetensors"
         case UpsamplerConfig(size=size):
             return f"upsampler_{size}.safetensors"
 
@@ -59,13 +73,17 @@ def train(
             f"{config.network.vocab_size}: set --network.vocab-size {tokenizer.vocab_size}"
         )
     stage = build(config, None if clip is None else _clip_config(clip))
-    stored = None
-    if clip is not None and isinstance(config.network, PriorConfig):
-        stored = _embed(config.data, clip, tokenizer, config.data.stored or WHITENING_PICTURES, folder)
+    start = None if init_from is None else load_network(init_from)
+    params = None if start is None else _start(start, stage.init, str(init_from), config)
+    constants, stored = {}, None
+    if clip is not None and isinstance(config.network, PriorConfig | ArPriorConfig):
+        constants = _known_constants(config, folder, clip, start, resume)
+        if config.data.stored or not constants:
+            stored = _embed(config.data, clip, tokenizer, config.data.stored or FITTED_PICTURES, folder)
+            constants = constants or _fitted_constants(config, clip, stored)
     elif config.data.stored:
         raise ValueError("only priors train on stored embeddings: set --data.stored 0")
-    context = {} if clip is None else _context(clip, tokenizer, stored)
-    params = None if init_from is None else _start(init_from, stage.init)
+    context = {} if clip is None else _context(clip, tokenizer, constants)
 
     def read(step: int) -> Iterator[Batch]:
         if config.data.stored and stored is not None:
@@ -73,7 +91,6 @@ def train(
         return batches(config.data, start=step, tokenizer=tokenizer)
 
     def export(state: TrainState) -> None:
-        constants = {"whitening": context["whitening"]} if "whitening" in context else None
         extra: dict[str, Any] = {"steps": int(state.step), "images": int(state.step) * config.data.batch_size}
         if clip is None and isinstance(config.network, ClipConfig):
             scenes = scenes_of(config.data)
@@ -87,7 +104,7 @@ def train(
 
 
 def _frozen_clip(config: TrainConfig, folder: Path) -> Network | None:
-    if not isinstance(config.network, PriorConfig | DecoderConfig):
+    if not isinstance(config.network, PriorConfig | ArPriorConfig | DecoderConfig):
         return None
     return load_checked(Path(config.clip) if config.clip else folder / "clip.safetensors", ClipConfig)
 
@@ -97,24 +114,60 @@ def _clip_config(clip: Network) -> ClipConfig:
     return clip.config.network
 
 
-def _start(path: Path, init: Any) -> Params:
-    """Float32 parameters of a weights file, checked against the network that is to be trained."""
-    params = load_network(path).params
-    check_tree(jax.eval_shape(init, jax.random.key(0)), params, str(path))
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+def _start(network: Network, init: Any, name: str, config: TrainConfig) -> Params:
+    """Float32 parameters of a weights file, checked against the network that is to be trained.
+
+    An inpainting decoder may start from a plain one: its further input channels then begin at zero (GLIDE).
+    """
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), network.params)
+    match network.config.network, config.network:
+        case DecoderConfig(unet=plain), DecoderConfig(unet=inpaints) if plain.in_channels < inpaints.in_channels:
+            params = widen_stem(params, plain, inpaints)
+    check_tree(jax.eval_shape(init, jax.random.key(0)), params, name)
+    return params
 
 
-def _context(clip: Network, tokenizer: ClipTokenizer, stored: "Stored | None") -> dict[str, Any]:
+def widen_stem(params: Params, old: UNetConfig, new: UNetConfig) -> Params:
+    """A decoder's parameters with zeros for the input channels that the new U-Net has beside the old one's."""
+    stem = params["unet"]["stem"]
+    *window, _, features = stem["kernel"].shape
+    unfolded = stem["kernel"].reshape(*window, old.patch**2, old.in_channels, features)
+    wider = jnp.pad(unfolded, [(0, 0)] * 3 + [(0, new.in_channels - old.in_channels), (0, 0)])
+    kernel = wider.reshape(*window, -1, features)
+    return {**params, "unet": {**params["unet"], "stem": {**stem, "kernel": kernel}}}
+
+
+def _known_constants(
+    config: TrainConfig, folder: Path, clip: Network, start: Network | None, resume: bool
+) -> dict[str, Any]:
+    """The constants of the run that goes on, else of the weights that it starts from; {} if there are none."""
+    own = folder / weights_name(config)
+    if resume and own.exists() and any((folder / config.name / "checkpoints").glob("*")):
+        last = load_network(own)
+        start = last if last.config.name == config.name else start
+    if start is None or start.clip != clip.digest:
+        return {}
+    return {name: start.constants[name] for name in FITTED if name in start.constants}
+
+
+def _fitted_constants(config: TrainConfig, clip: Network, stored: "Stored") -> dict[str, Any]:
+    """A prior's constants, fitted on embeddings."""
+    if isinstance(config.network, ArPriorConfig):
+        network, size = config.network, config.data.batch_size
+        parts = [slice(i, i + size) for i in range(0, min(FITTED_PICTURES, len(stored.tokens)), size)]
+        text = [encode(clip.config, clip.params, stored.tokens[part], stored.mask[part]).embedding for part in parts]
+        sizes = (network.components, network.buckets, network.dot_buckets)
+        return {"quantiser": quantiser.fit(stored.embedding, np.concatenate(text), *sizes)._asdict()}
+    # One common scale: whitening every coordinate alone would blow up the empty ones.
+    mean, std = stored.embedding.mean(0), np.full(stored.embedding.shape[1], stored.embedding.std(0).mean())
+    return {"whitening": {"mean": mean.astype(np.float32), "std": std.astype(np.float32)}}
+
+
+def _context(clip: Network, tokenizer: ClipTokenizer, constants: dict[str, Any]) -> dict[str, Any]:
     """The frozen trees that a prior or decoder reads."""
-    context: dict[str, Any] = {"clip": jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), clip.params)}
-    if stored is not None:
-        empty = tokenizer.encode([""])
-        embeddings = stored.embedding
-        # One common scale: whitening every coordinate alone would blow up the empty ones.
-        mean, std = embeddings.mean(0), np.full(embeddings.shape[1], embeddings.std(0).mean())
-        context["whitening"] = {"mean": mean.astype(np.float32), "std": std.astype(np.float32)}
-        context["empty"] = {"tokens": empty.ids, "mask": empty.mask}
-    return context
+    empty = tokenizer.encode([""])
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), clip.params)
+    return {"clip": params, "empty": {"tokens": empty.ids, "mask": empty.mask}, **constants}
 
 
 class Stored(NamedTuple):

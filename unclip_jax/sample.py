@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from unclip_jax import compile_cache
 from unclip_jax.cascade import SHIPPED, Cascade, load_cascade
 from unclip_jax.checkpoint.safetensors import write_failure
-from unclip_jax.generate import check, check_seeds, generate
+from unclip_jax.generate import check, check_seeds, generate_ranked
 from unclip_jax.inputs import BUCKETS, Options
 
 MOST_PICTURES = 10_000
@@ -53,7 +53,8 @@ def sample_to_files(options: argparse.Namespace) -> list[Path]:
     cascade = load_cascade(options.weights or SHIPPED)
     chosen = Options(
         options.size, options.sampler, options.steps, options.guidance, options.prior_steps, options.prior_guidance,
-        options.candidates,
+        options.candidates, options.prior, options.prior_temperature, rank_from=options.rank_from,
+        clip_guidance=options.clip_guidance,
     )  # fmt: skip
     size = check(cascade, chosen)
     for line in warnings_of(cascade, prompt):
@@ -66,12 +67,15 @@ def sample_to_files(options: argparse.Namespace) -> list[Path]:
     about["settings"] = json.dumps(settings(cascade, chosen, size))
     small, side = [], min(size, GRID_SIDE // math.ceil(math.sqrt(count)))
     enlarging = sum(size >= stage > cascade.sizes[0] for stage in cascade.sizes)
-    with Progress(3 * math.ceil(count / BUCKETS[-1]) + enlarging * count) as progress:
+    parts = [min(BUCKETS[-1], count - start) for start in range(0, count, BUCKETS[-1])]
+    batches = sum(math.ceil(part * chosen.rank_from / BUCKETS[-1]) for part in parts)
+    with Progress(3 * batches + enlarging * count) as progress:
         for start in range(0, count, BUCKETS[-1]):
             part = paths[start : start + BUCKETS[-1]]
-            pictures = generate(cascade, [prompt] * len(part), seed + start, chosen, progress)
+            pictures, scores = generate_ranked(cascade, [prompt] * len(part), seed + start, chosen, progress)
             for number, (path, picture) in enumerate(zip(part, pictures, strict=True), start):
-                save_png(path, picture, about | {"seed": str(seed + number)})
+                found = {} if scores is None else ranking(scores[number - start])
+                save_png(path, picture, about | {"seed": str(seed + number)} | found)
                 small.append(np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BOX)))
     if count > 1:
         paths.append(grid_path)
@@ -84,10 +88,17 @@ def sample_to_files(options: argparse.Namespace) -> list[Path]:
 
 def settings(cascade: Cascade, options: Options, size: int) -> dict[str, str | int | float]:
     """What the pictures were made with: the options, and the configs' advice where they are None."""
-    prior, decoder = cascade.prior.config.sample, cascade.decoder.config.sample
+    prior, decoder = cascade.chosen_prior(options.prior).config.sample, cascade.decoder.config.sample
     advised = Options(size, decoder.sampler, decoder.steps, decoder.guidance, prior.steps, prior.guidance)
+    if options.prior == "ar":
+        advised = advised._replace(prior_steps=None, prior_temperature=prior.temperature)
     given = {name: value for name, value in options._asdict().items() if value is not None}
-    return advised._asdict() | given
+    return {name: value for name, value in (advised._asdict() | given).items() if value is not None}
+
+
+def ranking(scores: Float[np.ndarray, " n"]) -> dict[str, str]:
+    """Which candidate a picture is, and CLIP's cosines of all candidates with the prompt."""
+    return {"candidate": str(int(np.argmax(scores))), "clip_scores": json.dumps([round(float(s), 4) for s in scores])}
 
 
 def destinations(out: Path, prompt: str, seed: int, count: int) -> tuple[list[Path], Path]:

@@ -3,7 +3,9 @@
 stage      input -> target                                                     frozen context
 CLIP       pictures and captions -> matching embeddings                        -
 prior      caption, noised image embedding -> clean image embedding            CLIP, whitening, empty caption
+AR prior   caption, first components of an embedding -> bucket of the next     CLIP, quantiser, empty caption
 decoder    image embedding, caption, noisy 64 px picture -> clean picture      CLIP
+inpainting the same, and the picture around a mask -> clean picture            CLIP
 upsamplers small corrupted picture, noisy crop of the large one -> clean crop  -
 """
 
@@ -14,17 +16,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from unclip_jax.config import ClipConfig, DecoderConfig, DiffusionConfig, PriorConfig, TrainConfig, UpsamplerConfig
+from unclip_jax.config import (
+    ArPriorConfig,
+    ClipConfig,
+    DecoderConfig,
+    DiffusionConfig,
+    PriorConfig,
+    TrainConfig,
+    UpsamplerConfig,
+)
 from unclip_jax.diffusion import gaussian, samplers
 from unclip_jax.diffusion.guidance import clip_static
+from unclip_jax.diffusion.inpainting import keep_known, mask_channels, random_masks
 from unclip_jax.diffusion.schedule import make_schedule, step_table, strided_timesteps
+from unclip_jax.models.ar_prior import ArPrior
 from unclip_jax.models.clip import Clip, normalise, preprocess
 from unclip_jax.models.decoder import Condition, Decoder, init_decoder
 from unclip_jax.models.prior import Prior, Whitening
+from unclip_jax.models.quantiser import Quantiser
 from unclip_jax.models.upsampler import Upsampler, init_upsampler, resize_low
 from unclip_jax.types import Batch, Denoise, Keys, Params, PRNGKey, Stage
 
 PREVIEW_STEPS = 20
+MASKS = 0x3A5  # what a key is folded with to draw an inpainting decoder's masks
 
 
 def build(config: TrainConfig, clip: ClipConfig | None = None) -> Stage:
@@ -41,6 +55,8 @@ def build(config: TrainConfig, clip: ClipConfig | None = None) -> Stage:
             raise ValueError(f"{config.name} trains on a frozen CLIP: name its file with --clip")
         case PriorConfig():
             return prior_stage(config.network, config.diffusion, clip)
+        case ArPriorConfig():
+            return ar_prior_stage(config.network, clip)
         case DecoderConfig():
             return decoder_stage(config.network, config.diffusion, clip)
 
@@ -135,9 +151,53 @@ def prior_stage(config: PriorConfig, diffusion: DiffusionConfig, clip_config: Cl
     return Stage(init, loss)
 
 
+def ar_prior_stage(config: ArPriorConfig, clip_config: ClipConfig) -> Stage:
+    """Cross entropy of the image embedding's tokens (paper section 2.2), captions dropped for guidance."""
+    if not config.transformer.causal:
+        raise ValueError("an autoregressive prior is causal: set --network.transformer.causal true")
+    prior = ArPrior(config)
+
+    def init(key: PRNGKey) -> Params:
+        tokens, dot_token = jnp.zeros((1, config.components), jnp.int32), jnp.zeros((1,), jnp.int32)
+        z, n = jnp.zeros((1, config.embedding_dim)), config.context_length
+        states, mask = jnp.zeros((1, n, config.text_dim)), jnp.ones((1, n), bool)
+        return prior.init(key, tokens, dot_token, states, mask, z)["params"]
+
+    def loss(params: Params, context: Params, batch: Batch, key: PRNGKey):
+        key_drop, key_dropout = jax.random.split(key)
+        embedding, quantiser = batch.embedding, Quantiser(**context["quantiser"])
+        if embedding is None:
+            embedding = encode_image(clip_config, context["clip"], batch.image)
+        text, empty = (
+            call(Clip(clip_config), context["clip"], tokens, method="encode_text")
+            for tokens in (batch.tokens, context["empty"]["tokens"])
+        )
+        tokens = quantiser.encode(embedding)
+        # A dropped caption keeps its dot product: guidance shows both of its halves the same token.
+        dot_token = quantiser.dot_token(embedding, text.embedding)
+        drop = jax.random.bernoulli(key_drop, config.text_drop, (len(tokens), 1))
+        states = jnp.where(drop[..., None], empty.states, text.states)
+        mask = jnp.where(drop, context["empty"]["mask"], batch.mask)
+        logits = call(prior, params, tokens, dot_token, states, mask, jnp.where(drop, empty.embedding, text.embedding),
+            deterministic=False, rngs={"dropout": key_dropout},
+        )  # fmt: skip
+        likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)
+        guess = jnp.argmax(logits, axis=-1)
+        cosine = (quantiser.decode(guess) * normalise(embedding)).sum(-1)
+        return -likelihood.mean(), {"accuracy": (guess == tokens).mean(), "cosine": cosine.mean()}
+
+    return Stage(init, loss)
+
+
 def decoder_stage(config: DecoderConfig, diffusion: DiffusionConfig, clip_config: ClipConfig) -> Stage:
-    """Noise removal given image embedding and caption (paper section 2.1), each dropped at its own rate."""
+    """Noise removal given image embedding and caption (paper section 2.1), each dropped at its own rate.
+
+    With 7 input channels also given the picture around a random mask, and the mask: the inpainting decoder (GLIDE).
+    """
+    if config.unet.in_channels not in (3, 7):
+        raise ValueError(f"a decoder reads 3 channels, or 7 where it inpaints, not {config.unet.in_channels}")
     decoder, schedule = Decoder(config), make_schedule(diffusion)
+    inpaints = config.unet.in_channels == 7
 
     def init(key: PRNGKey) -> Params:
         return init_decoder(decoder, key)
@@ -161,7 +221,11 @@ def decoder_stage(config: DecoderConfig, diffusion: DiffusionConfig, clip_config
         told = condition(params, context, batch, keep_image, keep_text)
         x0 = to_model(batch.image)
         t, noise, x_t = _timesteps_and_noise(diffusion, key_diffusion, x0)
-        output = call(decoder, params, x_t, t, told, deterministic=False, rngs={"dropout": key_dropout})
+        x = x_t
+        if inpaints:
+            masks = random_masks(jax.random.fold_in(key, MASKS), *rows, config.size)
+            x = jnp.concatenate([x_t, mask_channels(x0, masks)], axis=-1)
+        output = call(decoder, params, x, t, told, deterministic=False, rngs={"dropout": key_dropout})
         per_example = gaussian.diffusion_loss(diffusion, schedule, output, x0, x_t, noise, t)
         # Where almost nothing is left of the picture, only the conditions can lower the loss.
         noisy = t >= 0.9 * diffusion.steps
@@ -170,8 +234,18 @@ def decoder_stage(config: DecoderConfig, diffusion: DiffusionConfig, clip_config
     def preview(params: Params, context: Params, batch: Batch, keys: Keys) -> UInt8[Array, "b h w 3"]:
         keep = jnp.ones((len(batch.image),), bool)
         told = condition(params, context, batch, keep, keep)
-        denoise = gaussian.denoiser(diffusion, schedule, lambda x, t: call(decoder, params, x, t, told))
-        return _preview(diffusion, denoise, keys, batch.image.shape[1:])
+        if not inpaints:
+            denoise = gaussian.denoiser(diffusion, schedule, lambda x, t: call(decoder, params, x, t, told))
+            return _preview(diffusion, denoise, keys, batch.image.shape[1:])
+        x0, masks = to_model(batch.image), random_masks(jax.random.fold_in(keys[0], MASKS), len(keep), config.size)
+        beside = mask_channels(x0, masks)
+
+        def apply(x: Array, t: Array) -> Array:
+            return call(decoder, params, jnp.concatenate([x, beside], axis=-1), t, told)
+
+        denoise, step = gaussian.denoiser(diffusion, schedule, apply), samplers.ddim(schedule)
+        painted = _preview(diffusion, denoise, keys, x0.shape[1:], keep_known(step, schedule, x0, masks[..., None]))
+        return jnp.concatenate([to_pixels(beside[..., :3]), painted], axis=2)
 
     return Stage(init, loss, preview)
 
@@ -204,11 +278,13 @@ def upsampler_stage(config: UpsamplerConfig, diffusion: DiffusionConfig) -> Stag
     return Stage(init, loss, preview)
 
 
-def _preview(config: DiffusionConfig, denoise: Denoise, keys: Keys, shape: tuple[int, ...]) -> UInt8[Array, "b h w 3"]:
-    """A few deterministic DDIM steps from noise, unguided."""
+def _preview(
+    config: DiffusionConfig, denoise: Denoise, keys: Keys, shape: tuple[int, ...], step: samplers.Step | None = None
+) -> UInt8[Array, "b h w 3"]:
+    """A few steps from noise, deterministic DDIM's by default, unguided."""
     schedule = make_schedule(config)
     table = step_table(strided_timesteps(PREVIEW_STEPS, config.steps))
     if config.clip is not None:
         denoise = clip_static(denoise, config.clip)
     noise = samplers.initial_noise(keys, shape)
-    return to_pixels(samplers.run(samplers.ddim(schedule), denoise, keys, noise, table))
+    return to_pixels(samplers.run(step or samplers.ddim(schedule), denoise, keys, noise, table))

@@ -6,6 +6,7 @@ import pytest
 
 from unclip_jax.checkpoint import CheckpointError, from_json, to_json
 from unclip_jax.config import (
+    ArPriorConfig,
     ClipConfig,
     DecoderConfig,
     NetworkConfig,
@@ -22,6 +23,7 @@ from unclip_jax.config import (
     [
         ClipConfig(eos_id=2),
         PriorConfig(),
+        ArPriorConfig(components=25),
         DecoderConfig(text_encoder=TransformerConfig(64)),
         UpsamplerConfig(UNetConfig(multipliers=(1, 2.5, 3))),
     ],

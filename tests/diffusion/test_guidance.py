@@ -5,13 +5,15 @@ import pytest
 
 from unclip_jax.config import DiffusionConfig
 from unclip_jax.diffusion.gaussian import from_x0, to_x0
-from unclip_jax.diffusion.guidance import classifier_free, clip_static, dynamic_threshold
-from unclip_jax.diffusion.schedule import make_schedule
+from unclip_jax.diffusion.guidance import classifier_free, clip_static, dynamic_threshold, score_guided
+from unclip_jax.diffusion.samplers import ddim, initial_noise, run
+from unclip_jax.diffusion.schedule import make_schedule, step_table, strided_timesteps
 from unclip_jax.types import Prediction
 
 B, SHAPE = 3, (3, 4, 4, 3)
 UNCOND, COND, X = jax.random.normal(jax.random.key(0), (3, *SHAPE))
 T = jnp.array([10, 500, 900])
+SCHEDULE = make_schedule(DiffusionConfig())
 
 
 def doubled(x, t):
@@ -43,10 +45,9 @@ def test_batches_are_doubled_in_order():
 
 @pytest.mark.parametrize("kind", ["epsilon", "v"])
 def test_guiding_x0_is_guiding_the_output(kind):
-    schedule = make_schedule(DiffusionConfig())
     guided = classifier_free(doubled, 3.0)(X, T).x0
-    uncond, cond = (from_x0(schedule, kind, x0, X, T) for x0 in (UNCOND, COND))
-    by_output = to_x0(schedule, kind, uncond + 3.0 * (cond - uncond), X, T)
+    uncond, cond = (from_x0(SCHEDULE, kind, x0, X, T) for x0 in (UNCOND, COND))
+    by_output = to_x0(SCHEDULE, kind, uncond + 3.0 * (cond - uncond), X, T)
     np.testing.assert_allclose(guided, by_output, atol=1e-4)
 
 
@@ -107,3 +108,42 @@ def test_dynamic_threshold_keeps_its_floor():
 def test_impossible_percentiles_are_refused(percentile):
     with pytest.raises(ValueError, match="percentile"):
         dynamic_threshold(doubled, percentile)
+
+
+def linear(x0):
+    return (x0 * COND[0]).sum((1, 2, 3))
+
+
+def test_a_linear_score_shifts_by_its_slope_and_the_open_variance():
+    guided = score_guided(SCHEDULE, lambda x, t: Prediction(0.5 * x, x), linear, jnp.array([0.0, 1.0, 3.0]))(X, T)
+    for i, scale in enumerate((0.0, 1.0, 3.0)):
+        expected = 0.5 * X[i] + scale * SCHEDULE.one_minus_alphas_cumprod[T[i]] * COND[0]
+        np.testing.assert_allclose(guided.x0[i], expected, atol=1e-5)
+    np.testing.assert_array_equal(guided.log_variance, X)
+
+
+def test_the_gradient_is_taken_at_the_clean_estimate_and_not_through_the_denoiser():
+    def square(x0):
+        return 0.5 * jnp.square(x0).sum((1, 2, 3))
+
+    # Through the denoiser, the slope of x -> 7 x would come in as a further factor.
+    got = score_guided(SCHEDULE, lambda x, t: Prediction(7 * x), square, 1.0)(X, T).x0
+    shift = SCHEDULE.one_minus_alphas_cumprod[T][:, None, None, None]
+    np.testing.assert_allclose(got, 7 * X * (1 + shift), rtol=1e-5)
+
+
+def test_guiding_a_standard_gaussian_by_a_linear_score_moves_its_mean():
+    # exp(s w.x) N(x; 0, 1) is N(s w, 1): with exact x0 = sqrt(abar) x_t, scale s samples that, at any number of steps.
+    w = jnp.array([0.5, -1.0, 2.0, 0.0])
+    keys, scale = jax.random.split(jax.random.key(1), 3), jnp.array([0.0, 1.0, 2.0])
+    x = initial_noise(keys, (4,))
+
+    def denoise(x, t):
+        return Prediction(jnp.sqrt(SCHEDULE.abar(t))[:, None] * x)
+
+    guided = score_guided(SCHEDULE, denoise, lambda x0: x0 @ w, scale)
+    table = step_table(strided_timesteps(200))
+    plain, moved = (jax.jit(lambda d=d: run(ddim(SCHEDULE), d, keys, x, table))() for d in (denoise, guided))
+    np.testing.assert_array_equal(moved[0], plain[0])
+    # DDIM of 200 steps carries 0.5% of x_T's scale as its own error.
+    np.testing.assert_allclose(moved - plain, scale[:, None] * w, atol=0.03)

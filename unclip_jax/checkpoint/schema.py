@@ -40,6 +40,8 @@ def _type_named(name: Any, path: str) -> type:
             return configs.ClipConfig
         case "PriorConfig":
             return configs.PriorConfig
+        case "ArPriorConfig":
+            return configs.ArPriorConfig
         case "UNetConfig":
             return configs.UNetConfig
         case "DecoderConfig":

@@ -9,7 +9,7 @@ from typing import Any
 from unclip_jax import compile_cache
 from unclip_jax.cascade import SHIPPED, load_cascade, load_checked, load_clip
 from unclip_jax.checkpoint.schema import CheckpointError
-from unclip_jax.config import PriorConfig, UpsamplerConfig
+from unclip_jax.config import ArPriorConfig, PriorConfig, UpsamplerConfig
 from unclip_jax.evaluate.report import Figures, Report, table, write
 from unclip_jax.generate import check_seeds
 from unclip_jax.inputs import Options
@@ -55,6 +55,26 @@ def _evaluate(options: Namespace, folder: Path) -> tuple[Report, dict[str, str]]
     match options.what:
         case "scenes":
             return _scenes(options, folder)
+        case "ranking":
+            from unclip_jax.evaluate.faithfulness import Faithfulness
+            from unclip_jax.evaluate.ranking import ranking_report
+
+            cascade = load_cascade(folder)
+            task = Faithfulness(options.n or 256, 0, options.shuffle, False, options.seed, _sampling(options))
+            return ranking_report(cascade, task), {"cascade": cascade.digest}
+        case "edits":
+            from unclip_jax.evaluate.edits import EditTask, edits_report
+
+            cascade = load_cascade(folder)
+            task = EditTask(options.n or 64, options.seed, _sampling(options))
+            return edits_report(cascade, task), {"cascade": cascade.digest}
+        case "painting":
+            from unclip_jax.evaluate.painting import PaintingTask, painting_report
+
+            cascade = load_cascade(folder)
+            sampling = _sampling(options)._replace(resamples=options.resamples)
+            paint = PaintingTask(options.n or 64, options.large, options.seed, sampling)
+            return painting_report(cascade, paint), {"cascade": cascade.digest}
         case "clip":
             from unclip_jax.evaluate.retrieval import clip_report
 
@@ -62,10 +82,18 @@ def _evaluate(options: Namespace, folder: Path) -> tuple[Report, dict[str, str]]
             return clip_report(clip, options.n or 8), {"clip": clip.digest}
         case "prior":
             from unclip_jax.evaluate.retrieval import prior_report
+            from unclip_jax.evaluate.variances import compare_samplers
 
+            if options.compare and options.prior == "ar":
+                raise ValueError("the autoregressive prior has no variances to compare: leave out --compare")
             clip = load_clip(folder)
-            prior = load_checked(folder / "prior.safetensors", PriorConfig, clip)
-            report = prior_report(clip, prior, options.n or 4, options.seed, _sampling(options))
+            if options.prior == "ar":
+                prior = load_checked(folder / "ar_prior.safetensors", ArPriorConfig, clip)
+            else:
+                prior = load_checked(folder / "prior.safetensors", PriorConfig, clip)
+            report = (compare_samplers if options.compare else prior_report)(
+                clip, prior, options.n or 4, options.seed, _sampling(options)
+            )
             return report, {"clip": clip.digest, "prior": prior.digest}
         case _:
             return _upsamplers(options, folder)
@@ -77,6 +105,8 @@ def _scenes(options: Namespace, folder: Path) -> tuple[Report, dict[str, str]]:
     count = options.n or 256
     if options.truth:
         return truth_report(count, options.shuffle), {}
+    if options.true_embedding and options.rank_from not in (None, 1):
+        raise ValueError("pictures of the true embedding are not ranked: leave out --rank-from or --true-embedding")
     cascade = load_cascade(folder)
     task = Faithfulness(count, options.large, options.shuffle, options.true_embedding, options.seed, _sampling(options))
     return faithfulness_report(cascade, task), {"cascade": cascade.digest}
@@ -107,4 +137,8 @@ def _sampling(options: Namespace) -> Options:
         prior_steps=options.prior_steps,
         prior_guidance=options.prior_guidance,
         candidates=options.candidates,
+        prior=options.prior,
+        prior_temperature=options.prior_temperature,
+        rank_from=(16 if options.what == "ranking" else 1) if options.rank_from is None else options.rank_from,
+        clip_guidance=options.clip_guidance,
     )

@@ -18,7 +18,6 @@ from unclip_jax.data.loader import scenes_of
 from unclip_jax.evaluate.report import Figures, Report
 from unclip_jax.generate import RECOMMENDED
 from unclip_jax.inputs import Options, Text, encode, picture_keys
-from unclip_jax.models.prior import Whitening
 from unclip_jax.priors import prior_embeddings
 from unclip_jax.stages import encode_image
 
@@ -178,7 +177,7 @@ def prior_report(clip: Network, prior: Network, sets: int = 4, seed: int = 0, op
         true = embed_pictures(clip, np.stack([renderer.render(scene) for scene in scenes]))
         rows.append((made, _unit(np.asarray(text.embedding)), true))
     made, text, true = (np.stack(column) for column in zip(*rows, strict=True))
-    mean = Whitening(**prior.constants["whitening"]).mean
+    mean = (prior.constants.get("whitening") or prior.constants["quantiser"])["mean"]
     figures = {
         "the prior's embedding": {"top 1": top1(made, true), "cosine": mean_cosine(made, true)},
         "the text embedding": {"top 1": top1(text, true), "cosine": mean_cosine(text, true)},

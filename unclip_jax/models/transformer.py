@@ -127,7 +127,7 @@ class Transformer(nn.Module):
         place: Int[Array, ""] | int,
         mask: Bool[Array, "b m"],
     ) -> tuple[Float[Array, "b n d"], tuple[Memory, ...]]:
-        """The states of tokens `place` to `place` + n of a causal sequence of at most m, whose earlier ones `memory` holds.
+        """States of the n tokens from `place` on in a causal sequence of at most m, whose earlier ones `memory` holds.
 
         memory: of every block, as empty_memory or an earlier call gave it. mask: false on keys that nobody may see.
         Together with its new memory it equals what __call__ gives for the whole sequence.

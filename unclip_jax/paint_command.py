@@ -1,0 +1,89 @@
+"""The options of `unclip inpaint`, `unclip outpaint` and `unclip mural`; what they do is in `paint_files`."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parsers(commands: argparse._SubParsersAction) -> None:
+    """Adds the three commands that paint around what is known."""
+    inpaint = commands.add_parser(
+        "inpaint",
+        help="paint something new into a picture",
+        description="Paint something new where a mask is white (or transparent); all else comes back bit by bit.",
+    )
+    inpaint.add_argument("picture", type=Path, help="a square picture; its own transparent part may be the mask")
+    inpaint.add_argument("prompt", help="what the whole picture shows when it is done")
+    place = inpaint.add_mutually_exclusive_group()
+    place.add_argument("--mask", type=Path, help="a picture of the same size, white or transparent where to paint")
+    place.add_argument("--box", help="x,y,width,height in px of the picture, instead of a mask")
+    inpaint.add_argument("--n", type=int, default=1, help="number of pictures (default 1)")
+    _sampling(inpaint)
+    inpaint.set_defaults(run=_inpaint)
+
+    outpaint = commands.add_parser(
+        "outpaint",
+        help="extend a picture beyond its borders",
+        description="Extend a picture by px to any side, frame by frame; the picture itself comes back bit by bit.",
+    )
+    outpaint.add_argument("picture", type=Path, help="the picture to extend, of any shape")
+    outpaint.add_argument("prompt", help="what every new frame shows, what is known of it included")
+    for side in ("left", "right", "top", "bottom"):
+        outpaint.add_argument(f"--{side}", type=int, default=0, help="px to add (default 0)")
+    _sampling(outpaint)
+    outpaint.set_defaults(run=_outpaint)
+
+    mural = commands.add_parser(
+        "mural",
+        help="paint a canvas of any size",
+        description="Paint a canvas of any size in overlapping frames. Run again after an interruption, it goes on.",
+    )
+    mural.add_argument("--width", type=int, required=True, help="of the canvas in px")
+    mural.add_argument("--height", type=int, required=True, help="of the canvas in px")
+    mural.add_argument("--prompt", required=True, help="what a frame shows")
+    mural.add_argument(
+        "--region", action="append", default=[], metavar="X,Y,W,H=PROMPT", help="a prompt for frames that lie there"
+    )
+    _sampling(mural)
+    mural.set_defaults(run=_mural)
+
+
+def _sampling(parser: argparse.ArgumentParser) -> None:
+    """The options of `unclip sample`, and how a decoder inpaints."""
+    parser.add_argument("--method", choices=("resample", "finetuned"), help="default: finetuned if the cascade can")
+    parser.add_argument("--resamples", type=int, help="resample: how often every noise level is walked (default 5)")
+    parser.add_argument("--size", type=int, help="side in px of what is painted at once (default: the largest)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture or frame; the next has the next")
+    parser.add_argument("--sampler", choices=("ddpm", "ddim", "dpm"), help="of the decoder (default: its config's)")
+    parser.add_argument("--steps", type=int, help="of the decoder; fewer are faster")
+    parser.add_argument("--guidance", type=float, help="of the decoder; more follows the prompt closer")
+    parser.add_argument("--prior", choices=("diffusion", "ar"), default="diffusion", help="what makes image embeddings")
+    parser.add_argument("--prior-steps", type=int, help="of the diffusion prior")
+    parser.add_argument("--prior-guidance", type=float, help="of the prior")
+    parser.add_argument("--prior-temperature", type=float, help="of the autoregressive prior")
+    parser.add_argument("--candidates", type=int, default=2, help="what the diffusion prior chooses from (default 2)")
+    parser.add_argument(
+        "--rank-from", type=int, default=1, help="of so many pictures keep CLIP's favourite (default 1)"
+    )
+    parser.add_argument(
+        "--clip-guidance", type=float, default=0.0, help="pull of CLIP's gradient on the decoder (default 0, off)"
+    )
+    parser.add_argument("--weights", type=Path, help="folder of a cascade (default: the one that ships)")
+    parser.add_argument("--out", type=Path, default=Path("unclip.png"), help="a .png path (default unclip.png)")
+
+
+def _inpaint(options: argparse.Namespace) -> None:
+    from unclip_jax.paint_files import inpaint_to_files
+
+    inpaint_to_files(options)
+
+
+def _outpaint(options: argparse.Namespace) -> None:
+    from unclip_jax.paint_files import outpaint_to_file
+
+    outpaint_to_file(options)
+
+
+def _mural(options: argparse.Namespace) -> None:
+    from unclip_jax.paint_files import mural_to_file
+
+    mural_to_file(options)

@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="captions (256), edits or masked scenes (64), sets of 64 scenes (clip 8, prior 4), pictures enlarged (32)",
     )
+    evaluate.add_argument("--objects", type=int, choices=(1, 2), default=2, help="scenes: in each (default 2)")
     evaluate.add_argument("--large", type=int, default=0, help="scenes, painting: so many at the largest size too")
     evaluate.add_argument("--seed", type=int, default=0, help="of the first picture")
     evaluate.add_argument("--sampler", choices=("ddpm", "ddim", "dpm"), help="of the decoder (default: its config's)")

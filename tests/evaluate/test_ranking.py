@@ -5,7 +5,7 @@ import pytest
 
 from unclip_jax.data.emoji import Renderer
 from unclip_jax.data.vocabulary import concepts
-from unclip_jax.evaluate.faithfulness import Judge, two_objects
+from unclip_jax.evaluate.faithfulness import Judge, held_out
 from unclip_jax.evaluate.ranking import ranking_curve
 
 NAMES = ("cat", "dog", "apple", "star", "sun", "car")
@@ -15,7 +15,7 @@ NAMES = ("cat", "dog", "apple", "star", "sun", "car")
 def candidates():
     """Six scenes, four candidates each: candidate 2 is the true render, the others are blank."""
     judge = Judge(Renderer(), concepts(NAMES), shuffle=False)
-    scenes = two_objects(6, judge.concepts)
+    scenes = held_out(6, judge.concepts)
     pictures = np.full((6, 4, 64, 64, 3), 128, np.uint8)
     pictures[:, 2] = [judge.renderer.render(scene) for scene in scenes]
     return judge, scenes, pictures

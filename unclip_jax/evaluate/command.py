@@ -60,7 +60,8 @@ def _evaluate(options: Namespace, folder: Path) -> tuple[Report, dict[str, str]]
             from unclip_jax.evaluate.ranking import ranking_report
 
             cascade = load_cascade(folder)
-            task = Faithfulness(options.n or 256, 0, options.shuffle, False, options.seed, _sampling(options))
+            shown = options.n or 256, 0, options.shuffle, False, options.seed, _sampling(options), options.objects
+            task = Faithfulness(*shown)
             return ranking_report(cascade, task), {"cascade": cascade.digest}
         case "edits":
             from unclip_jax.evaluate.edits import EditTask, edits_report
@@ -104,11 +105,13 @@ def _scenes(options: Namespace, folder: Path) -> tuple[Report, dict[str, str]]:
 
     count = options.n or 256
     if options.truth:
-        return truth_report(count, options.shuffle), {}
+        return truth_report(count, options.shuffle, objects=options.objects), {}
     if options.true_embedding and options.rank_from not in (None, 1):
         raise ValueError("pictures of the true embedding are not ranked: leave out --rank-from or --true-embedding")
     cascade = load_cascade(folder)
-    task = Faithfulness(count, options.large, options.shuffle, options.true_embedding, options.seed, _sampling(options))
+    task = Faithfulness(
+        count, options.large, options.shuffle, options.true_embedding, options.seed, _sampling(options), options.objects
+    )
     return faithfulness_report(cascade, task), {"cascade": cascade.digest}
 
 

@@ -10,7 +10,7 @@ from unclip_jax.cascade import Cascade
 from unclip_jax.data.emoji import PHRASES, SIDES, Renderer, Scene, article
 from unclip_jax.data.vocabulary import BACKGROUNDS, Concept, concepts
 from unclip_jax.edit import Latent, difference, draw, interpolate, invert_pictures, move
-from unclip_jax.evaluate.faithfulness import Judge, two_objects
+from unclip_jax.evaluate.faithfulness import Judge, held_out
 from unclip_jax.evaluate.report import Figures, Report
 from unclip_jax.evaluate.scenes import score, wilson
 from unclip_jax.generate import RECOMMENDED, check, encode_prompts, generate
@@ -53,7 +53,7 @@ def edits_report(cascade: Cascade, task: EditTask) -> Report:
     options = task.options._replace(size=cascade.sizes[0])
     check(cascade, options)
     known = concepts(tuple(cascade.clip.extra.get("concepts", ())))
-    judge, scenes = Judge(Renderer(), known, False), two_objects(task.pictures, known)
+    judge, scenes = Judge(Renderer(), known, False), held_out(task.pictures, known)
     true = np.stack([judge.renderer.render(scene) for scene in scenes])
     keys = picture_keys(task.seed, len(true))
     figures: Figures = {}

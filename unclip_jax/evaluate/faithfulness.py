@@ -1,4 +1,4 @@
-"""Does a cascade draw what held-out captions of two objects say? Pictures drawn here, scored by `scenes`."""
+"""Does a cascade draw what held-out captions of one or two objects say? Pictures drawn here, scored by `scenes`."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -29,6 +29,7 @@ class Faithfulness(NamedTuple):
 
     shuffle: also against another scene's caption, which is chance. true_embedding: the decoder is given CLIP's
     embedding of the true render instead of the prior's. seed: of the first picture; picture i has seed + i.
+    objects: in every scene, 1 or 2.
     """
 
     captions: int = 256
@@ -37,11 +38,13 @@ class Faithfulness(NamedTuple):
     true_embedding: bool = False
     seed: int = 0
     options: Options = RECOMMENDED
+    objects: int = 2
 
 
-def two_objects(count: int, concepts: Sequence[Concept]) -> list[Scene]:
-    """The first held-out scenes of two of these concepts."""
-    scenes = Scenes(tuple(concept.name for concept in concepts), single_fraction=0.0, split="held_out")
+def held_out(count: int, concepts: Sequence[Concept], objects: int = 2) -> list[Scene]:
+    """The first held-out scenes of one or two of these concepts."""
+    names = tuple(concept.name for concept in concepts)
+    scenes = Scenes(names, single_fraction=2.0 - objects, split="held_out")
     return [scenes[index] for index in range(count)]
 
 
@@ -68,10 +71,10 @@ class Judge(NamedTuple):
         }
 
 
-def truth_report(count: int, shuffle: bool = False, names: Sequence[str] = ()) -> Report:
+def truth_report(count: int, shuffle: bool = False, names: Sequence[str] = (), objects: int = 2) -> Report:
     """The scorer's own check: true renders, which should score 1. names: concepts, () for the shipped vocabulary."""
     judge = Judge(Renderer(), concepts(tuple(names)), shuffle)
-    scenes = two_objects(count, judge.concepts)
+    scenes = held_out(count, judge.concepts, objects)
     true = np.stack([judge.renderer.render(scene) for scene in scenes])
     return Report(judge.figures(true, scenes, "true renders"), sheet_rows(true, true))
 
@@ -80,7 +83,7 @@ def faithfulness_report(cascade: Cascade, task: Faithfulness) -> Report:
     """Scores of one picture per caption, drawn as `unclip sample` does; large ones are reduced by area to 64 px."""
     check(cascade, task.options)
     judge = Judge(Renderer(), concepts(tuple(cascade.clip.extra.get("concepts", ()))), task.shuffle)
-    scenes = two_objects(task.captions, judge.concepts)
+    scenes = held_out(task.captions, judge.concepts, task.objects)
     true = np.stack([judge.renderer.render(scene) for scene in scenes])
     parts = tqdm(_parts(task.captions, BATCH), desc="drawing", unit="batch", dynamic_ncols=True)
     drawn = np.concatenate([_draw(cascade, task, scenes[part], true[part], part) for part in parts])

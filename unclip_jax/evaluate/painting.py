@@ -13,7 +13,7 @@ from unclip_jax.data.emoji import UNIT, Scene
 from unclip_jax.data.vocabulary import Concept, concepts
 from unclip_jax.diffusion.inpainting import Known
 from unclip_jax.evaluate.edits import plain_caption
-from unclip_jax.evaluate.faithfulness import Judge, Renderer, two_objects
+from unclip_jax.evaluate.faithfulness import Judge, Renderer, held_out
 from unclip_jax.evaluate.report import Figures, Report
 from unclip_jax.evaluate.scenes import border_colour, score, wilson
 from unclip_jax.generate import RECOMMENDED, check, generate
@@ -69,7 +69,7 @@ def painting_report(cascade: Cascade, task: PaintingTask) -> Report:
     small = task.options._replace(size=cascade.sizes[0])
     check(cascade, small)
     judge = Judge(Renderer(), concepts(tuple(cascade.clip.extra.get("concepts", ()))), False)
-    scenes = two_objects(task.pictures, judge.concepts)
+    scenes = held_out(task.pictures, judge.concepts)
     cases = [case(scene, number, judge.concepts) for number, scene in enumerate(scenes)]
     known = known_at(cases, judge.renderer, UNIT)
     targets = np.stack([judge.renderer.render(case.target) for case in cases])

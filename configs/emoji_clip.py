@@ -6,7 +6,7 @@ MEAN_STD = ((0.7, 0.7, 0.6), (0.25, 0.25, 0.3))  # of the scenes, roughly
 
 
 def get_config() -> TrainConfig:
-    """1.6M parameters, 64 px, 8 px patches; groups of four scenes differ in one thing, so that relations count."""
+    """1.6M parameters, 64 px, 8 px patches; pairs of scenes differ in one thing, so that relations count."""
     return TrainConfig(
         name="emoji_clip",
         network=ClipConfig(
@@ -20,7 +20,7 @@ def get_config() -> TrainConfig:
             image_mean=MEAN_STD[0],
             image_std=MEAN_STD[1],
         ),
-        data=DataConfig(batch_size=128, group=4),
-        optim=OptimConfig(learning_rate=1e-3, warmup=200, decay_steps=700, weight_decay=0.05, ema=0.995),
-        steps=900,
+        data=DataConfig(batch_size=128, single_fraction=0.3, group=2),
+        optim=OptimConfig(kind="muon", learning_rate=2e-3, warmup=50, decay_steps=1950, weight_decay=0.05, ema=0.995),
+        steps=2000,
     )

@@ -25,7 +25,7 @@ def get_config() -> TrainConfig:
         # More than half of the steps where little but the caption tells what the embedding is.
         diffusion=DiffusionConfig(prediction="x0", timestep_mean=0.8, timestep_scale=1.4, clip=5.0),
         sample=SampleConfig(sampler="ddpm", steps=32, guidance=1.5),
-        data=DataConfig(batch_size=128, stored=49_152),
-        optim=OptimConfig(learning_rate=1e-3, warmup=100, decay_steps=2900, ema=0.995),
-        steps=3000,
+        data=DataConfig(batch_size=128, stored=32_768),
+        optim=OptimConfig(kind="muon", learning_rate=2e-3, warmup=100, decay_steps=800, ema=0.995),
+        steps=900,
     )

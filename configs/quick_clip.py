@@ -2,7 +2,7 @@
 
 from unclip_jax.config import ClipConfig, DataConfig, OptimConfig, TrainConfig, TransformerConfig
 
-CONCEPTS = ("cat", "apple", "car", "tree", "sun", "heart", "frog", "penguin")
+CONCEPTS = ("cat", "car", "fish", "penguin", "turtle", "pizza", "grapes", "present")
 
 
 def get_config() -> TrainConfig:
@@ -15,7 +15,7 @@ def get_config() -> TrainConfig:
             patch_size=8,
             vision=TransformerConfig(width=96, layers=3, heads=3),
             text=TransformerConfig(width=96, layers=2, heads=3, causal=True),
-            vocab_size=557,
+            vocab_size=560,
             context_length=32,
             image_mean=(0.7, 0.7, 0.6),
             image_std=(0.25, 0.25, 0.3),

@@ -10,7 +10,7 @@ from unclip_jax.config import (
     UNetConfig,
 )
 
-CONCEPTS = ("cat", "apple", "car", "tree", "sun", "heart", "frog", "penguin")
+CONCEPTS = ("cat", "car", "fish", "penguin", "turtle", "pizza", "grapes", "present")
 
 
 def get_config() -> TrainConfig:
@@ -40,8 +40,8 @@ def get_config() -> TrainConfig:
         diffusion=DiffusionConfig(prediction="x0", timestep_mean=1.0, timestep_scale=1.3),
         sample=SampleConfig(sampler="ddim", steps=40, guidance=3.0),
         data=DataConfig(concepts=CONCEPTS, single_fraction=1.0, batch_size=32),
-        optim=OptimConfig(learning_rate=2e-3, warmup=50, decay_steps=700, ema=0.99),
-        steps=750,
-        preview_every=150,
-        save_every=250,
+        optim=OptimConfig(learning_rate=2e-3, warmup=50, decay_steps=900, ema=0.99),
+        steps=950,
+        preview_every=190,
+        save_every=950,
     )

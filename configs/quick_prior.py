@@ -10,7 +10,7 @@ from unclip_jax.config import (
     TransformerConfig,
 )
 
-CONCEPTS = ("cat", "apple", "car", "tree", "sun", "heart", "frog", "penguin")
+CONCEPTS = ("cat", "car", "fish", "penguin", "turtle", "pizza", "grapes", "present")
 
 
 def get_config() -> TrainConfig:
@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
         diffusion=DiffusionConfig(prediction="x0", timestep_mean=0.8, timestep_scale=1.4, clip=5.0),
         sample=SampleConfig(sampler="ddpm", steps=16, guidance=1.5),
         data=DataConfig(concepts=CONCEPTS, single_fraction=1.0, batch_size=128, stored=4096),
-        optim=OptimConfig(learning_rate=1e-3, warmup=50, decay_steps=450, ema=0.98),
-        steps=500,
-        save_every=500,
+        optim=OptimConfig(learning_rate=1e-3, warmup=50, decay_steps=270, ema=0.98),
+        steps=300,
+        save_every=300,
     )

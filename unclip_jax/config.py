@@ -161,8 +161,6 @@ class SampleConfig:
 class OptimConfig:
     """AdamW or Muon with decay mask, warm-up, optional cosine decay, clipping and EMA."""
 
-    # muon: hidden matrices and convolutions step along the nearest orthogonal matrix; AdamW keeps the other leaves.
-    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
     warmup: int = 200
     decay_steps: int | None = None  # cosine to final_fraction over so many updates after warm-up; None: constant
@@ -174,6 +172,8 @@ class OptimConfig:
     clip_norm: float = 1.0
     ema: float = 0.999
     accumulate: int = 1
+    # muon: hidden matrices and convolutions step along the nearest orthogonal matrix; AdamW keeps the other leaves.
+    kind: Literal["adamw", "muon"] = "adamw"
 
 
 @dataclass(frozen=True)

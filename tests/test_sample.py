@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unclip_jax import compile_cache, sample
+from unclip_jax import compile_cache, output, sample
 from unclip_jax.cascade import load_cascade
 from unclip_jax.checkpoint import load_network, save_network
 from unclip_jax.cli import main
@@ -108,7 +108,7 @@ def test_refused_in_one_sentence(unclip, tmp_path, arguments, said):
 def test_an_unwritable_path_is_refused_before_anything_is_loaded(unclip, tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "load_cascade", lambda folder: pytest.fail("loaded"))
     monkeypatch.setattr(
-        sample.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+        output.tempfile, "TemporaryFile", lambda dir: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
     )
     code, _, err = unclip(PROMPT, "--out", "new/cat.png")
     assert code == 1 and err == ["unclip: cannot save 'new/cat.png': Permission denied; choose another --out"]
@@ -214,7 +214,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(unclip, tmp_path, monkeypatch)
         if len(synced) == 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(sample.os, "fsync", sync)
+    monkeypatch.setattr(output.os, "fsync", sync)
     code, _, err = unclip(PROMPT, "--n", "3", "--size", "64")
     assert code == 1 and "unclip-1.png': the disk is full" in err[-1]
     assert names(tmp_path) == ["unclip.png"]

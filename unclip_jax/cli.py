@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
 
-from unclip_jax import __version__, edit_command, paint_command
+from unclip_jax import __version__, edit_command, paint_command, sample_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,39 +38,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    sample = commands.add_parser("sample", help="make pictures of a prompt")
-    sample.add_argument("prompt", help="what to draw, in words; unclip vocabulary lists those that it knows")
-    sample.add_argument("--n", type=int, default=1, help="number of pictures (default 1)")
-    sample.add_argument("--size", type=int, help="side in px (default: the cascade's largest)")
-    sample.add_argument("--seed", type=int, default=0, help="picture i of seed s is the picture of seed s + i")
-    sample.add_argument("--sampler", choices=("ddpm", "ddim", "dpm"), help="of the decoder (default: its config's)")
-    sample.add_argument("--steps", type=int, help="of the decoder; fewer are faster")
-    sample.add_argument("--guidance", type=float, help="of the decoder; more follows the prompt closer")
-    sample.add_argument("--prior", choices=("diffusion", "ar"), default="diffusion", help="what makes image embeddings")
-    sample.add_argument("--prior-steps", type=int, help="of the diffusion prior")
-    sample.add_argument("--prior-guidance", type=float, help="of the prior")
-    sample.add_argument("--prior-temperature", type=float, help="of the autoregressive prior")
-    sample.add_argument("--candidates", type=int, default=2, help="what the diffusion prior chooses from (default 2)")
-    sample.add_argument("--rank-from", type=int, default=1, help="keep CLIP's favourite of so many (default 1)")
-    sample.add_argument(
-        "--clip-guidance", type=float, default=0.0, help="pull of CLIP's gradient on the decoder (default 0, off)"
-    )
-    sample.add_argument("--weights", type=Path, help="folder of a cascade (default: the one that ships)")
-    sample.add_argument(
-        "--out", type=Path, default=Path("unclip.png"), help="a .png path, or a folder (default unclip.png)"
-    )
-    sample.set_defaults(run=_sample)
-
+    sample_command.add_parsers(commands)
     edit_command.add_parsers(commands)
     paint_command.add_parsers(commands)
 
     vocabulary = commands.add_parser("vocabulary", help="list the words that a cascade was trained on")
-    vocabulary.add_argument("--weights", type=Path, help="folder of a cascade (default: the one that ships)")
+    sample_command.weights(vocabulary)
     vocabulary.set_defaults(run=_vocabulary)
 
     evaluate = commands.add_parser("evaluate", help="measure a cascade on held-out scenes")
     evaluate.add_argument("what", choices=("scenes", "ranking", "edits", "clip", "prior", "upsamplers", "painting"))
-    evaluate.add_argument("--weights", type=Path, help="folder of a cascade (default: the one that ships)")
+    sample_command.weights(evaluate)
     evaluate.add_argument(
         "--n",
         type=int,
@@ -79,16 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--objects", type=int, choices=(1, 2), default=2, help="scenes: in each (default 2)")
     evaluate.add_argument("--large", type=int, default=0, help="scenes, painting: so many at the largest size too")
     evaluate.add_argument("--seed", type=int, default=0, help="of the first picture")
-    evaluate.add_argument("--sampler", choices=("ddpm", "ddim", "dpm"), help="of the decoder (default: its config's)")
-    evaluate.add_argument("--steps", type=int, help="of the decoder")
-    evaluate.add_argument("--guidance", type=float, help="of the decoder")
-    evaluate.add_argument("--prior", choices=("diffusion", "ar"), default="diffusion", help="scenes, prior: which one")
-    evaluate.add_argument("--prior-steps", type=int, help="of the diffusion prior")
-    evaluate.add_argument("--prior-guidance", type=float, help="of the prior")
-    evaluate.add_argument("--prior-temperature", type=float, help="of the autoregressive prior")
-    evaluate.add_argument("--candidates", type=int, default=2, help="image embeddings the diffusion prior chooses from")
+    sample_command.sampling(evaluate)
     evaluate.add_argument("--rank-from", type=int, help="scenes (1), ranking (16): pictures that CLIP chooses from")
-    evaluate.add_argument("--clip-guidance", type=float, default=0.0, help="scenes, ranking: as of unclip sample")
     evaluate.add_argument("--resamples", type=int, help="painting: as of unclip inpaint")
     evaluate.add_argument("--compare", action="store_true", help="prior: small and analytic variance at 8 to 64 steps")
     evaluate.add_argument("--true-embedding", action="store_true", help="scenes: CLIP's embedding, not the prior's")
@@ -117,12 +87,6 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--cpu-devices", type=int, help="split the processor into so many devices")
     train.set_defaults(run=_train)
     return parser
-
-
-def _sample(options: argparse.Namespace) -> None:
-    from unclip_jax.sample import sample_to_files
-
-    sample_to_files(options)
 
 
 def _vocabulary(options: argparse.Namespace) -> None:

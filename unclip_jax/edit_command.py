@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from unclip_jax import sample_command
+
 
 def add_parsers(commands: argparse._SubParsersAction) -> None:
     """Adds the four commands that edit without a mask."""
@@ -11,7 +13,7 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
         help="draw further pictures that mean what a picture means",
         description="Draw further pictures that mean what a picture means.",
     )
-    variations.add_argument("picture", type=Path, help="any PNG, JPEG, WebP, GIF, BMP or TIFF file")
+    _picture(variations)
     variations.add_argument("--prompt", default="", help="the picture's caption, if it should count too")
     variations.add_argument("--n", type=int, default=4, help="number of pictures (default 4)")
     variations.add_argument("--eta", type=float, default=1.0, help="0 draws the picture itself, 1 is freest (default)")
@@ -24,7 +26,7 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     )
     interpolate.add_argument("ends", nargs="+", help="picture files, or with --prompts captions; two or more")
     interpolate.add_argument("--prompts", action="store_true", help="the ends are captions")
-    interpolate.add_argument("--prior", choices=("diffusion", "ar"), default="diffusion", help="for --prompts")
+    sample_command.prior(interpolate, "for --prompts")
     _frames(interpolate)
     _drawing(interpolate)
 
@@ -33,7 +35,7 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
         help="change a picture by two captions",
         description="Change a picture as one caption becomes another: frames, from the picture itself to --theta.",
     )
-    diff.add_argument("picture", type=Path, help="any PNG, JPEG, WebP, GIF, BMP or TIFF file")
+    _picture(diff)
     diff.add_argument("old", help="what the picture shows, or an empty caption")
     diff.add_argument("new", help="what it should show")
     diff.add_argument("--theta", type=float, default=0.5, help="how far to go, 0 to 1 (default 0.5)")
@@ -45,9 +47,13 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
         help="draw what the first components of an embedding hold",
         description="Draw a picture's CLIP embedding from its first principal components, ever more of them.",
     )
-    probe.add_argument("picture", type=Path, help="any PNG, JPEG, WebP, GIF, BMP or TIFF file")
+    _picture(probe)
     probe.add_argument("--components", type=int, nargs="+", help="how many (default: 1 2 4 8 ... and all)")
     _drawing(probe)
+
+
+def _picture(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("picture", type=Path, help="any PNG, JPEG, WebP, GIF, BMP or TIFF file")
 
 
 def _frames(parser: argparse.ArgumentParser) -> None:
@@ -61,10 +67,8 @@ def _drawing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; variation i has seed s + i")
     parser.add_argument("--steps", type=int, help="of the decoder, up and down again (default 50)")
     parser.add_argument("--guidance", type=float, help="of the decoder (default 1 for what starts from a picture)")
-    parser.add_argument("--weights", type=Path, help="folder of a cascade (default: the one that ships)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("unclip.png"), help="a .png path, or a folder (default unclip.png)"
-    )
+    sample_command.weights(parser)
+    sample_command.out(parser)
     parser.set_defaults(run=_edit)
 
 

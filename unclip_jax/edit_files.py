@@ -1,7 +1,6 @@
 """The commands that edit without a mask: pictures and a strip of them as PNG files that say how they were made."""
 
 import json
-import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from unclip_jax import compile_cache
-from unclip_jax.cascade import SHIPPED, Cascade, load_cascade
+from unclip_jax.cascade import Cascade
 from unclip_jax.edit import MOST, STEPS, Basis, embedding_basis, interpolate, probe, text_diff, variations
 from unclip_jax.generate import check, check_seeds
 from unclip_jax.inputs import Options
+from unclip_jax.output import Progress, check_writable, destinations, report, save_png, warn
 from unclip_jax.pictures import Fit, fitted, open_picture, square
-from unclip_jax.sample import MOST_CHARACTERS, Progress, check_writable, destinations, save_png, warnings_of
+from unclip_jax.sample import MOST_CHARACTERS, announce, enlargements, open_cascade, plain
 
 STRIP_WIDTH = 8192  # px, the most that a strip measures
 Pictures = UInt8[np.ndarray, "n s s 3"]
@@ -33,10 +32,9 @@ def edit_to_files(options: Namespace) -> list[Path]:
     sources = _sources(options)
     pictures = [_opened(path, options.fit) for path in sources]
     name = options.command if not sources else f"{sources[0].stem} {options.command}"
-    cascade = load_cascade(options.weights or SHIPPED)
-    chosen = Options(options.size, None, options.steps, options.guidance, prior=getattr(options, "prior", "diffusion"))
+    cascade, chosen = open_cascade(options)
     size = check(cascade, chosen)
-    compile_cache.enable()
+    announce(cascade, [prompt for prompt in _prompts(options) if prompt])
     basis = embedding_basis(cascade) if options.command == "probe" else None
     if basis is not None and options.components is None:
         options.components = _doubling(basis.components.shape[1])
@@ -44,19 +42,14 @@ def edit_to_files(options: Namespace) -> list[Path]:
     paths, grid_path = destinations(options.out, name, 0, count)
     strip_path = grid_path.with_name(grid_path.name.replace("grid", "strip"))
     check_writable([*paths, strip_path])
-    for line in [line for prompt in _prompts(options) if prompt for line in warnings_of(cascade, prompt)]:
-        print(f"unclip: warning: {line}", file=sys.stderr)
-    stages = sum(size >= side > cascade.sizes[0] for side in cascade.sizes)
-    with Progress(2 + stages * count) as progress:
+    with Progress(2 + enlargements(cascade, size) * count) as progress:
         drawn = _edited(cascade, options, pictures, basis, chosen, progress)
     about = _about(cascade, options, size, sources)
     for number, (path, picture) in enumerate(zip(paths, drawn, strict=True)):
         save_png(path, picture, about | {"picture": f"{number + 1} of {count}"})
     beside = pictures[:1] if options.command in ("variations", "probe") else []
     save_png(strip_path, strip([*beside, *drawn], size), about)
-    for path in [*paths, strip_path]:
-        print(path)
-    print(f"unclip: {progress.summary()}", file=sys.stderr)
+    report([*paths, strip_path], progress.summary())
     return [*paths, strip_path]
 
 
@@ -76,7 +69,7 @@ def _edited(
 ) -> Pictures:
     match options.command:
         case "variations":
-            n, eta, prompt = options.n, options.eta, _plain(options.prompt)
+            n, eta, prompt = options.n, options.eta, plain(options.prompt)
             return variations(cascade, pictures[0], n, eta, prompt, options.seed, chosen, progress)
         case "interpolate":
             ends: Any = pictures or _prompts(options)
@@ -109,24 +102,18 @@ def _sources(options: Namespace) -> list[Path]:
 def _prompts(options: Namespace) -> list[str]:
     match options.command:
         case "variations":
-            return [_plain(options.prompt)]
+            return [plain(options.prompt)]
         case "interpolate":
-            return [_plain(end) for end in options.ends] if options.prompts else []
+            return [plain(end) for end in options.ends] if options.prompts else []
         case "diff":
-            return [_plain(options.old), _plain(options.new)]
+            return [plain(options.old), plain(options.new)]
         case _:
             return []
 
 
-def _plain(prompt: str) -> str:
-    """A prompt whose half characters, from a foreign terminal, are "?"."""
-    return prompt.encode("utf-8", "replace").decode()
-
-
 def _opened(path: Path, fit: Fit) -> UInt8[np.ndarray, "s s 3"]:
     found = open_picture(path)
-    for line in found.warnings:
-        print(f"unclip: warning: {line}", file=sys.stderr)
+    warn(found.warnings)
     return fitted(found.rgb, fit)
 
 
@@ -142,5 +129,5 @@ def _about(cascade: Cascade, options: Namespace, size: int, sources: list[Path])
     settings |= {"size": size, "steps": options.steps or STEPS, "guidance": options.guidance}
     said = {"edit": options.command, "seed": str(options.seed), "weights": cascade.digest}
     said |= {"prompt": " | ".join(_prompts(options))[:MOST_CHARACTERS]}
-    said |= {"source": " | ".join(_plain(path.name) for path in sources)}
+    said |= {"source": " | ".join(plain(path.name) for path in sources)}
     return said | {"settings": json.dumps({name: value for name, value in settings.items() if value is not None})}

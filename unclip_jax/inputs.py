@@ -1,5 +1,6 @@
 """What every compiled step of generation shares: its inputs, the options of a call, keys, samplers and limits."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -46,6 +47,11 @@ class Options(NamedTuple):
 
 
 RECOMMENDED = Options()
+
+
+def options_of(settings: Mapping[str, Any]) -> Options:
+    """The options among named settings, such as those of a command; the defaults of those that are not there."""
+    return Options(**{name: settings[name] for name in Options._fields if name in settings})
 
 
 def picture_keys(seed: int, count: int) -> Keys:

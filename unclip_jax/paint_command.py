@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from unclip_jax import sample_command
+
 
 def add_parsers(commands: argparse._SubParsersAction) -> None:
     """Adds the three commands that paint around what is known."""
@@ -53,22 +55,10 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resamples", type=int, help="resample: how often every noise level is walked (default 5)")
     parser.add_argument("--size", type=int, help="side in px of what is painted at once (default: the largest)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture or frame; the next has the next")
-    parser.add_argument("--sampler", choices=("ddpm", "ddim", "dpm"), help="of the decoder (default: its config's)")
-    parser.add_argument("--steps", type=int, help="of the decoder; fewer are faster")
-    parser.add_argument("--guidance", type=float, help="of the decoder; more follows the prompt closer")
-    parser.add_argument("--prior", choices=("diffusion", "ar"), default="diffusion", help="what makes image embeddings")
-    parser.add_argument("--prior-steps", type=int, help="of the diffusion prior")
-    parser.add_argument("--prior-guidance", type=float, help="of the prior")
-    parser.add_argument("--prior-temperature", type=float, help="of the autoregressive prior")
-    parser.add_argument("--candidates", type=int, default=2, help="what the diffusion prior chooses from (default 2)")
-    parser.add_argument(
-        "--rank-from", type=int, default=1, help="of so many pictures keep CLIP's favourite (default 1)"
-    )
-    parser.add_argument(
-        "--clip-guidance", type=float, default=0.0, help="pull of CLIP's gradient on the decoder (default 0, off)"
-    )
-    parser.add_argument("--weights", type=Path, help="folder of a cascade (default: the one that ships)")
-    parser.add_argument("--out", type=Path, default=Path("unclip.png"), help="a .png path (default unclip.png)")
+    sample_command.sampling(parser)
+    sample_command.ranking(parser)
+    sample_command.weights(parser)
+    sample_command.out(parser, "a .png path")
 
 
 def _inpaint(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from unclip_jax.checkpoint.schema import CheckpointError
 from unclip_jax.config import ArPriorConfig, PriorConfig, UpsamplerConfig
 from unclip_jax.evaluate.report import Figures, Report, table, write
 from unclip_jax.generate import check_seeds
-from unclip_jax.inputs import Options
+from unclip_jax.inputs import Options, options_of
 
 SILENT = ("run", "rest", "debug", "command", "what")
 
@@ -73,8 +73,7 @@ def _evaluate(options: Namespace, folder: Path) -> tuple[Report, dict[str, str]]
             from unclip_jax.evaluate.painting import PaintingTask, painting_report
 
             cascade = load_cascade(folder)
-            sampling = _sampling(options)._replace(resamples=options.resamples)
-            paint = PaintingTask(options.n or 64, options.large, options.seed, sampling)
+            paint = PaintingTask(options.n or 64, options.large, options.seed, _sampling(options))
             return painting_report(cascade, paint), {"cascade": cascade.digest}
         case "clip":
             from unclip_jax.evaluate.retrieval import clip_report
@@ -133,15 +132,5 @@ def _upsamplers(options: Namespace, folder: Path) -> tuple[Report, dict[str, str
 
 
 def _sampling(options: Namespace) -> Options:
-    return Options(
-        sampler=options.sampler,
-        steps=options.steps,
-        guidance=options.guidance,
-        prior_steps=options.prior_steps,
-        prior_guidance=options.prior_guidance,
-        candidates=options.candidates,
-        prior=options.prior,
-        prior_temperature=options.prior_temperature,
-        rank_from=(16 if options.what == "ranking" else 1) if options.rank_from is None else options.rank_from,
-        clip_guidance=options.clip_guidance,
-    )
+    usual = 16 if options.what == "ranking" else 1
+    return options_of(vars(options) | {"rank_from": usual if options.rank_from is None else options.rank_from})

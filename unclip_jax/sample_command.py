@@ -1,0 +1,59 @@
+"""The options of `unclip sample`, and those that other commands share with it; what it does is in `sample`."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parsers(commands: argparse._SubParsersAction) -> None:
+    """Adds the command that makes pictures of a prompt."""
+    sample = commands.add_parser("sample", help="make pictures of a prompt")
+    sample.add_argument("prompt", help="what to draw, in words; unclip vocabulary lists those that it knows")
+    sample.add_argument("--n", type=int, default=1, help="number of pictures (default 1)")
+    sample.add_argument("--size", type=int, help="side in px (default: the cascade's largest)")
+    sample.add_argument("--seed", type=int, default=0, help="picture i of seed s is the picture of seed s + i")
+    sampling(sample)
+    ranking(sample)
+    weights(sample)
+    out(sample)
+    sample.set_defaults(run=_sample)
+
+
+def sampling(parser: argparse.ArgumentParser) -> None:
+    """How prior and decoder sample."""
+    parser.add_argument("--sampler", choices=("ddpm", "ddim", "dpm"), help="of the decoder (default: its config's)")
+    parser.add_argument("--steps", type=int, help="of the decoder; fewer are faster")
+    parser.add_argument("--guidance", type=float, help="of the decoder; more follows the prompt closer")
+    prior(parser)
+    parser.add_argument("--prior-steps", type=int, help="of the diffusion prior")
+    parser.add_argument("--prior-guidance", type=float, help="of the prior")
+    parser.add_argument("--prior-temperature", type=float, help="of the autoregressive prior")
+    parser.add_argument("--candidates", type=int, default=2, help="what the diffusion prior chooses from (default 2)")
+    parser.add_argument(
+        "--clip-guidance", type=float, default=0.0, help="pull of CLIP's gradient on the decoder (default 0, off)"
+    )
+
+
+def prior(parser: argparse.ArgumentParser, what: str = "what makes image embeddings") -> None:
+    """Which prior is drawn from."""
+    parser.add_argument("--prior", choices=("diffusion", "ar"), default="diffusion", help=what)
+
+
+def ranking(parser: argparse.ArgumentParser) -> None:
+    """How many pictures are drawn for one that is kept."""
+    parser.add_argument("--rank-from", type=int, default=1, help="keep CLIP's favourite of so many (default 1)")
+
+
+def weights(parser: argparse.ArgumentParser) -> None:
+    """Which cascade is used."""
+    parser.add_argument("--weights", type=Path, help="folder of a cascade (default: the one that ships)")
+
+
+def out(parser: argparse.ArgumentParser, kinds: str = "a .png path, or a folder") -> None:
+    """Where pictures go."""
+    parser.add_argument("--out", type=Path, default=Path("unclip.png"), help=f"{kinds} (default unclip.png)")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from unclip_jax.sample import sample_to_files
+
+    sample_to_files(options)

@@ -23,11 +23,21 @@ from unclip_jax.config import ClipConfig, DecoderConfig, TrainConfig
 from unclip_jax.diffusion import samplers
 from unclip_jax.diffusion.guidance import limit_noise
 from unclip_jax.diffusion.schedule import StepTable, make_schedule, reverse_table, strided_timesteps
-from unclip_jax.generate import RECOMMENDED, check, check_seeds, encode_prompts, finish, guided_decoder
-from unclip_jax.inputs import BUCKETS, DECODER, Options, Text, picture_keys, stage_keys, table_of
+from unclip_jax.generate import check, check_seeds, encode_prompts, finish, guided_decoder
+from unclip_jax.inputs import (
+    BUCKETS,
+    DECODER,
+    RECOMMENDED,
+    Options,
+    Text,
+    embed_images,
+    picture_keys,
+    stage_keys,
+    table_of,
+)
 from unclip_jax.pictures import square
 from unclip_jax.priors import prior_embeddings
-from unclip_jax.stages import encode_image, to_model, to_pixels
+from unclip_jax.stages import to_model, to_pixels
 from unclip_jax.types import Denoise, Keys, Params
 
 STEPS = 50  # up and down again: 42 dB on held-out renders
@@ -268,12 +278,9 @@ def embed_pictures(cascade: Cascade, pictures: Sequence[Picture]) -> Float[np.nd
     config = cascade.clip.config.network
     assert isinstance(config, ClipConfig)
     return _in_buckets(
-        partial(_embed, config, cascade.clip.params),
+        partial(embed_images, config, cascade.clip.params),
         np.stack([square(picture, config.image_size) for picture in pictures]),
     )
-
-
-_embed = partial(jax.jit, static_argnums=0)(encode_image)
 
 
 @partial(jax.jit, static_argnums=0)

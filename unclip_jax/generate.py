@@ -27,6 +27,7 @@ from unclip_jax.diffusion.schedule import StepTable, make_schedule
 from unclip_jax.inputs import (
     BUCKETS,
     DECODER,
+    RECOMMENDED,
     UPSAMPLER,
     Options,
     Sampler,
@@ -47,7 +48,6 @@ from unclip_jax.rank import Candidates, ClipGuidance, candidate_keys, chosen, cl
 from unclip_jax.stages import to_model, to_pixels
 from unclip_jax.types import Denoise, Keys, Params
 
-RECOMMENDED = Options()
 JUMP, RESAMPLES = 0.1, 5  # share of the steps that make a stretch, and how often each is walked, without training
 
 

@@ -14,8 +14,8 @@ from jaxtyping import Bool, UInt8
 
 from unclip_jax.cascade import Cascade
 from unclip_jax.diffusion.inpainting import Known
-from unclip_jax.generate import RECOMMENDED, check, generate
-from unclip_jax.inputs import Options
+from unclip_jax.generate import check, generate
+from unclip_jax.inputs import RECOMMENDED, Options
 from unclip_jax.masks import checked, resize_mask, resize_picture
 
 Method = Literal["resample", "finetuned"]

@@ -14,6 +14,7 @@ from unclip_jax.diffusion import samplers
 from unclip_jax.diffusion.guidance import clip_static
 from unclip_jax.diffusion.schedule import Schedule, StepTable, step_table, strided_timesteps
 from unclip_jax.models.clip import Clip
+from unclip_jax.stages import encode_image
 from unclip_jax.types import Denoise, Keys, Params
 
 Sampler = Literal["ddpm", "ddim", "dpm", "analytic"]
@@ -103,3 +104,7 @@ def encode(config: TrainConfig, params: Params, tokens: Array, mask: Array) -> T
 def doubled(null: Text, text: Text) -> Text:
     """The doubled batch of classifier-free guidance: unconditional rows first."""
     return Text(*(jnp.concatenate([jnp.broadcast_to(u, c.shape), c]) for u, c in zip(null, text, strict=True)))
+
+
+embed_images = partial(jax.jit, static_argnums=0)(encode_image)
+"""Compiled `stages.encode_image`: (CLIP's config, parameters, uint8 [b h w 3]) -> unit-length embeddings [b z]."""

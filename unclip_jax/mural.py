@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageFilter
 
 from unclip_jax.cascade import Cascade
-from unclip_jax.generate import RECOMMENDED, check_seeds
+from unclip_jax.generate import check_seeds
 from unclip_jax.inpaint import Method, painter
-from unclip_jax.inputs import Options
+from unclip_jax.inputs import RECOMMENDED, Options
 from unclip_jax.outpaint import Frame, frame_options, frames, paint_frame
 
 BAND = 1 / 16  # of a frame's side: how far it fades into what it knows

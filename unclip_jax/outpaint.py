@@ -13,9 +13,9 @@ from jaxtyping import Bool, UInt8
 
 from unclip_jax.cascade import Cascade
 from unclip_jax.diffusion.inpainting import Known
-from unclip_jax.generate import RECOMMENDED, check, check_seeds, generate
+from unclip_jax.generate import check, check_seeds, generate
 from unclip_jax.inpaint import Method, repaint
-from unclip_jax.inputs import Options
+from unclip_jax.inputs import RECOMMENDED, Options
 from unclip_jax.masks import resize_mask, resize_picture
 
 OVERLAP = 0.25  # share of a frame's side that it has in common with the next one, at least

@@ -28,9 +28,9 @@ from unclip_jax.config import (
 from unclip_jax.data.emoji import caption_words
 from unclip_jax.data.loader import batches, scenes_of, tokenizer_of
 from unclip_jax.data.tokenizer import ClipTokenizer
-from unclip_jax.inputs import encode
+from unclip_jax.inputs import embed_images, encode
 from unclip_jax.models import quantiser
-from unclip_jax.stages import build, encode_image
+from unclip_jax.stages import build
 from unclip_jax.train import fit
 from unclip_jax.types import Batch, Params, TrainState
 
@@ -186,7 +186,7 @@ def _embed(data: DataConfig, clip: Network, tokenizer: ClipTokenizer, pictures: 
         with np.load(path) as columns:
             return Stored(**columns)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), clip.params)
-    embed = jax.jit(partial(encode_image, _clip_config(clip)))
+    embed = partial(embed_images, _clip_config(clip))
     rows = []
     total = -(-pictures // data.batch_size)
     reader = islice(batches(data, tokenizer=tokenizer), total)

@@ -119,6 +119,11 @@ def _timesteps_and_noise(
     return t, noise, gaussian.add_noise(make_schedule(config), x0, noise, t)
 
 
+def _embedding_of(config: ClipConfig, context: Params, batch: Batch) -> Float[Array, "b z"]:
+    """The pictures' embeddings: the stored ones, else the frozen CLIP's."""
+    return encode_image(config, context["clip"], batch.image) if batch.embedding is None else batch.embedding
+
+
 def prior_stage(config: PriorConfig, diffusion: DiffusionConfig, clip_config: ClipConfig) -> Stage:
     """Mean squared error of the whitened image embedding (paper section 2.2), captions dropped for guidance."""
     prior, schedule = Prior(config), make_schedule(diffusion)
@@ -130,9 +135,7 @@ def prior_stage(config: PriorConfig, diffusion: DiffusionConfig, clip_config: Cl
 
     def loss(params: Params, context: Params, batch: Batch, key: PRNGKey):
         key_drop, key_diffusion, key_dropout = jax.random.split(key, 3)
-        embedding = batch.embedding
-        if embedding is None:
-            embedding = encode_image(clip_config, context["clip"], batch.image)
+        embedding = _embedding_of(clip_config, context, batch)
         x0 = Whitening(**context["whitening"]).whiten(embedding)
         drop = jax.random.bernoulli(key_drop, config.text_drop, (len(x0), 1))
         tokens = jnp.where(drop, context["empty"]["tokens"], batch.tokens)
@@ -165,9 +168,7 @@ def ar_prior_stage(config: ArPriorConfig, clip_config: ClipConfig) -> Stage:
 
     def loss(params: Params, context: Params, batch: Batch, key: PRNGKey):
         key_drop, key_dropout = jax.random.split(key)
-        embedding, quantiser = batch.embedding, Quantiser(**context["quantiser"])
-        if embedding is None:
-            embedding = encode_image(clip_config, context["clip"], batch.image)
+        embedding, quantiser = _embedding_of(clip_config, context, batch), Quantiser(**context["quantiser"])
         text, empty = (
             call(Clip(clip_config), context["clip"], tokens, method="encode_text")
             for tokens in (batch.tokens, context["empty"]["tokens"])
@@ -203,9 +204,7 @@ def decoder_stage(config: DecoderConfig, diffusion: DiffusionConfig, clip_config
         return init_decoder(decoder, key)
 
     def condition(params: Params, context: Params, batch: Batch, keep_image: Array, keep_text: Array) -> Condition:
-        embedding = batch.embedding
-        if embedding is None:
-            embedding = encode_image(clip_config, context["clip"], batch.image)
+        embedding = _embedding_of(clip_config, context, batch)
         if config.text_encoder is None:
             text = call(Clip(clip_config), context["clip"], batch.tokens, method="encode_text")
             states, pooled = text

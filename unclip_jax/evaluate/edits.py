@@ -7,14 +7,15 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from unclip_jax.cascade import Cascade
-from unclip_jax.data.emoji import PHRASES, SIDES, Renderer, Scene, article
-from unclip_jax.data.vocabulary import BACKGROUNDS, Concept, concepts
+from unclip_jax.data.emoji import PHRASES, SIDES, Scene, article
+from unclip_jax.data.vocabulary import BACKGROUNDS, Concept
 from unclip_jax.edit import Latent, difference, draw, interpolate, invert_pictures, move
-from unclip_jax.evaluate.faithfulness import Judge, held_out
+from unclip_jax.evaluate import upsampling
+from unclip_jax.evaluate.faithfulness import Judge, held_out, judge_of
 from unclip_jax.evaluate.report import Figures, Report
 from unclip_jax.evaluate.scenes import score, wilson
-from unclip_jax.generate import RECOMMENDED, check, encode_prompts, generate
-from unclip_jax.inputs import Options, picture_keys
+from unclip_jax.generate import check, encode_prompts, generate
+from unclip_jax.inputs import RECOMMENDED, Options, picture_keys
 
 STEPS = (25, 50, 100, 250)
 THETAS = (0.25, 0.375, 0.5, 0.75)
@@ -52,8 +53,8 @@ def edits_report(cascade: Cascade, task: EditTask) -> Report:
     """
     options = task.options._replace(size=cascade.sizes[0])
     check(cascade, options)
-    known = concepts(tuple(cascade.clip.extra.get("concepts", ())))
-    judge, scenes = Judge(Renderer(), known, False), held_out(task.pictures, known)
+    judge = judge_of(cascade)
+    scenes = held_out(task.pictures, judge.concepts)
     true = np.stack([judge.renderer.render(scene) for scene in scenes])
     keys = picture_keys(task.seed, len(true))
     figures: Figures = {}
@@ -116,12 +117,17 @@ def changed(scene: Scene, number: int, known: Sequence[Concept]) -> Change:
         target, place = scene._replace(background=others[int(rng.integers(len(others)))]), None
     else:
         place = int(rng.integers(len(scene.items)))
-        there = {item.concept for item in scene.items}
-        others = [concept for concept in known if concept not in there]
-        items = list(scene.items)
-        items[place] = items[place]._replace(concept=others[int(rng.integers(len(others)))])
-        target = scene._replace(items=tuple(items))
+        target = with_other_object(rng, scene, place, known)
     return Change(plain_caption(scene), plain_caption(target), target._replace(caption=plain_caption(target)), place)
+
+
+def with_other_object(rng: np.random.Generator, scene: Scene, place: int, known: Sequence[Concept]) -> Scene:
+    """The scene with an object that it does not hold in place of one of its own, and the caption that it had."""
+    there = {item.concept for item in scene.items}
+    others = [concept for concept in known if concept not in there]
+    items = list(scene.items)
+    items[place] = items[place]._replace(concept=others[int(rng.integers(len(others)))])
+    return scene._replace(items=tuple(items))
 
 
 def plain_caption(scene: Scene) -> str:
@@ -134,8 +140,7 @@ def plain_caption(scene: Scene) -> str:
 
 def psnr(a: UInt8[np.ndarray, "b h w 3"], b: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, " b"]:
     """Peak signal-to-noise ratio of each pair of pictures in dB; 99 at most."""
-    error = np.square(a.astype(np.float64) - b).mean(axis=(1, 2, 3)) / 255**2
-    return -10 * np.log10(np.maximum(error, 10**-9.9))
+    return np.minimum(upsampling.psnr(a, b), 99)
 
 
 def psnr_figures(a: UInt8[np.ndarray, "b h w 3"], b: UInt8[np.ndarray, "b h w 3"]) -> dict[str, float]:

@@ -15,8 +15,8 @@ from unclip_jax.data.vocabulary import Concept, concepts
 from unclip_jax.evaluate.report import Figures, Report
 from unclip_jax.evaluate.retrieval import embed_pictures
 from unclip_jax.evaluate.scenes import score, summary
-from unclip_jax.generate import RECOMMENDED, check, decode_embeddings, encode_prompts, finish, generate
-from unclip_jax.inputs import Options, picture_keys
+from unclip_jax.generate import check, decode_embeddings, encode_prompts, finish, generate
+from unclip_jax.inputs import RECOMMENDED, Options, picture_keys
 
 BATCH = 16
 THINGS, COLUMNS = ("identity", "relation", "background"), ("low", "high", "chance")  # of the scorer's summary
@@ -71,6 +71,11 @@ class Judge(NamedTuple):
         }
 
 
+def judge_of(cascade: Cascade, shuffle: bool = False) -> Judge:
+    """The judge among the concepts that a cascade was trained on, the shipped ones where it does not say."""
+    return Judge(Renderer(), concepts(tuple(cascade.clip.extra.get("concepts", ()))), shuffle)
+
+
 def truth_report(count: int, shuffle: bool = False, names: Sequence[str] = (), objects: int = 2) -> Report:
     """The scorer's own check: true renders, which should score 1. names: concepts, () for the shipped vocabulary."""
     judge = Judge(Renderer(), concepts(tuple(names)), shuffle)
@@ -82,7 +87,7 @@ def truth_report(count: int, shuffle: bool = False, names: Sequence[str] = (), o
 def faithfulness_report(cascade: Cascade, task: Faithfulness) -> Report:
     """Scores of one picture per caption, drawn as `unclip sample` does; large ones are reduced by area to 64 px."""
     check(cascade, task.options)
-    judge = Judge(Renderer(), concepts(tuple(cascade.clip.extra.get("concepts", ()))), task.shuffle)
+    judge = judge_of(cascade, task.shuffle)
     scenes = held_out(task.captions, judge.concepts, task.objects)
     true = np.stack([judge.renderer.render(scene) for scene in scenes])
     parts = tqdm(_parts(task.captions, BATCH), desc="drawing", unit="batch", dynamic_ncols=True)

@@ -9,16 +9,16 @@ from tqdm import tqdm
 
 from unclip_jax.cascade import Cascade
 from unclip_jax.data.degrade import area_downsample
-from unclip_jax.data.emoji import UNIT, Scene
-from unclip_jax.data.vocabulary import Concept, concepts
+from unclip_jax.data.emoji import UNIT, Renderer, Scene
+from unclip_jax.data.vocabulary import Concept
 from unclip_jax.diffusion.inpainting import Known
-from unclip_jax.evaluate.edits import plain_caption
-from unclip_jax.evaluate.faithfulness import Judge, Renderer, held_out
+from unclip_jax.evaluate.edits import plain_caption, with_other_object
+from unclip_jax.evaluate.faithfulness import Judge, held_out, judge_of
 from unclip_jax.evaluate.report import Figures, Report
 from unclip_jax.evaluate.scenes import border_colour, score, wilson
-from unclip_jax.generate import RECOMMENDED, check, generate
+from unclip_jax.generate import check, generate
 from unclip_jax.inpaint import Method, repaint
-from unclip_jax.inputs import Options
+from unclip_jax.inputs import RECOMMENDED, Options
 
 BATCH = 16
 MARGIN = 2  # px of 64 by which a mask is wider than its object's square on every side
@@ -51,11 +51,8 @@ class Case(NamedTuple):
 def case(scene: Scene, number: int, known: Sequence[Concept]) -> Case:
     """Case `number`: its first and its second object by turns, for one drawn at random, always the same."""
     rng, place = np.random.default_rng([number, 4]), number % 2
-    there = {item.concept for item in scene.items}
-    others = [concept for concept in known if concept not in there]
-    items, old = list(scene.items), scene.items[place]
-    items[place] = old._replace(concept=others[int(rng.integers(len(others)))])
-    target, rest = scene._replace(items=tuple(items)), scene._replace(items=(scene.items[1 - place],), relation=None)
+    old, target = scene.items[place], with_other_object(rng, scene, place, known)
+    rest = scene._replace(items=(scene.items[1 - place],), relation=None)
     mask = np.zeros((UNIT, UNIT), bool)
     top, left = max(old.y - MARGIN, 0), max(old.x - MARGIN, 0)
     mask[top : old.y + old.side + MARGIN, left : old.x + old.side + MARGIN] = True
@@ -68,7 +65,7 @@ def painting_report(cascade: Cascade, task: PaintingTask) -> Report:
     but background left, outside bit by bit the same; and mean gradients across the mask's edge beside true renders'."""
     small = task.options._replace(size=cascade.sizes[0])
     check(cascade, small)
-    judge = Judge(Renderer(), concepts(tuple(cascade.clip.extra.get("concepts", ()))), False)
+    judge = judge_of(cascade)
     scenes = held_out(task.pictures, judge.concepts)
     cases = [case(scene, number, judge.concepts) for number, scene in enumerate(scenes)]
     known = known_at(cases, judge.renderer, UNIT)

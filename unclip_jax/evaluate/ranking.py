@@ -7,9 +7,8 @@ from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from unclip_jax.cascade import Cascade
-from unclip_jax.data.emoji import Renderer, Scene
-from unclip_jax.data.vocabulary import concepts
-from unclip_jax.evaluate.faithfulness import BATCH, Faithfulness, Judge, held_out, sheet_rows
+from unclip_jax.data.emoji import Scene
+from unclip_jax.evaluate.faithfulness import BATCH, Faithfulness, Judge, held_out, judge_of, sheet_rows
 from unclip_jax.evaluate.report import Figures, Report
 from unclip_jax.generate import check, draw_candidates
 from unclip_jax.rank import best_of
@@ -41,7 +40,7 @@ def ranking_report(cascade: Cascade, task: Faithfulness) -> Report:
     check(cascade, task.options)
     if task.options.rank_from < 2:
         raise ValueError(f"ranking compares at least 2 candidates, not {task.options.rank_from}: raise --rank-from")
-    judge = Judge(Renderer(), concepts(tuple(cascade.clip.extra.get("concepts", ()))), task.shuffle)
+    judge = judge_of(cascade, task.shuffle)
     scenes = held_out(task.captions, judge.concepts, task.objects)
     pictures, scores = [], []
     for start in tqdm(range(0, len(scenes), BATCH), desc="drawing", unit="batch", dynamic_ncols=True):

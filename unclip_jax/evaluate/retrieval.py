@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import count as numbers
 
-import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
@@ -16,10 +14,8 @@ from unclip_jax.config import ClipConfig, TrainConfig
 from unclip_jax.data.emoji import OPPOSITE, Renderer, Scene, Scenes
 from unclip_jax.data.loader import scenes_of
 from unclip_jax.evaluate.report import Figures, Report
-from unclip_jax.generate import RECOMMENDED
-from unclip_jax.inputs import Options, Text, encode, picture_keys
+from unclip_jax.inputs import RECOMMENDED, Options, Text, embed_images, encode, picture_keys
 from unclip_jax.priors import prior_embeddings
-from unclip_jax.stages import encode_image
 
 SET = 64  # scenes that a query chooses from
 GROUP = 16  # variants drawn of a scene until one of each kind is found
@@ -27,8 +23,6 @@ PAIR_KINDS = ("object", "relation", "background")  # the one thing in which scen
 SINGLE_KINDS = ("object", "size", "background")
 SHOWN = 12  # rows of the sheet, each the true picture and the nearest ones
 NEAREST = 5
-
-_embed = partial(jax.jit, static_argnums=0)(encode_image)
 
 
 def top1(queries: Float[np.ndarray, "s n z"], keys: Float[np.ndarray, "s n z"]) -> float:
@@ -116,7 +110,7 @@ def encode_captions(clip: Network, captions: Sequence[str]) -> Text:
 def embed_pictures(clip: Network, pictures: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b z"]:
     """CLIP's image embeddings at unit length."""
     assert isinstance(clip.config.network, ClipConfig)
-    return np.asarray(_embed(clip.config.network, clip.params, pictures))
+    return np.asarray(embed_images(clip.config.network, clip.params, pictures))
 
 
 def _embed_sets(

@@ -20,6 +20,7 @@ def get_config() -> TrainConfig:
             low_size=256,
             size=1024,
             degradation="bsr",  # paper, section 2.1
+            residual=True,
         ),
         # 48 channels cannot carry the noise of 4 x 4 x 3 pixels through, which epsilon and v would ask of them.
         diffusion=DiffusionConfig(schedule="linear", prediction="x0", timestep_mean=0.5, timestep_scale=1.4),

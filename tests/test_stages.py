@@ -242,6 +242,8 @@ def test_what_cannot_be_built_is_refused(context):
         build(CONFIGS["prior"])
     with pytest.raises(ValueError, match="causal: set --network.transformer.causal true"):
         stage_of("ar_prior", network=replace(CONFIGS["ar_prior"].network, transformer=TOWER))
+    with pytest.raises(ValueError, match="residual upsampler predicts x0 alone"):
+        stage_of("upsampler", network=replace(CONFIGS["upsampler"].network, residual=True))
     stage = stage_of("upsampler")
     with pytest.raises(ValueError, match="set data.low_size"):
         jax.eval_shape(lambda key: stage.loss(stage.init(key), {}, BATCH._replace(low=None), key), jax.random.key(0))

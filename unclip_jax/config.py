@@ -123,6 +123,7 @@ class UpsamplerConfig:
     size: int = 256
     degradation: Literal["blur", "bsr", "none"] = "blur"
     crop_fraction: float = 0.25  # training crops, as a share of the target side
+    residual: bool = False  # the network adds to the resized picture; of prediction x0 alone
     text_encoder: TransformerConfig | None = None  # GLIDE's upsampler reads tokens too; its width is unet.context_dim
     vocab_size: int = 49408  # of that encoder
     context_length: int = 77

@@ -251,6 +251,8 @@ def decoder_stage(config: DecoderConfig, diffusion: DiffusionConfig, clip_config
 
 def upsampler_stage(config: UpsamplerConfig, diffusion: DiffusionConfig) -> Stage:
     """Noise removal given a smaller, corrupted picture, on crops (paper section 2.1)."""
+    if config.residual and (diffusion.prediction != "x0" or diffusion.learned_variance):
+        raise ValueError("a residual upsampler predicts x0 alone: set diffusion.prediction to x0, without variances")
     upsampler, schedule = Upsampler(config), make_schedule(diffusion)
 
     def init(key: PRNGKey) -> Params:

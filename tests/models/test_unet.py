@@ -271,6 +271,14 @@ def test_upsampler_reads_the_low_picture_at_any_size():
         assert np.abs(apply(x, t, low) - apply(x, t, -low)).max() > 1e-3
 
 
+def test_an_untrained_residual_upsampler_says_the_low_picture():
+    unet = UNetConfig(in_channels=6, channels=8, multipliers=(1,), depth=1, scale_shift=False, groups=4)
+    module = Upsampler(UpsamplerConfig(unet=unet, residual=True))
+    params = init_upsampler(module, jax.random.key(0))
+    x, low = normal(0, 1, 4, 4, 3), normal(1, 1, 4, 4, 3)
+    np.testing.assert_array_equal(module.apply({"params": params}, x, jnp.asarray([5]), low), low)
+
+
 def test_resize_low_keeps_constants_and_means():
     low = normal(0, 2, 4, 4, 3)
     assert resize_low(low, 16).shape == (2, 16, 16, 3)

@@ -48,9 +48,13 @@ class Upsampler(nn.Module):
         *,
         deterministic: bool = True,
     ) -> Float[Array, "b h w out"]:
-        """The U-Net's raw output for noisy x at t; low is the low-resolution picture already resized to x's size."""
+        """The network's output for noisy x at t; low is the low-resolution picture already resized to x's size.
+
+        With config.residual low is added to what the U-Net says, so that an untrained network enlarges bicubically.
+        """
         x = jnp.concatenate([x, low.astype(x.dtype)], axis=-1)
-        return self.unet(x, t, *(condition or (None, None, None)), deterministic=deterministic)
+        output = self.unet(x, t, *(condition or (None, None, None)), deterministic=deterministic)
+        return output + low if self.config.residual else output
 
     def initialise(self) -> Float[Array, "b h w out"]:
         """Touch every parameter with one example of zeros; for `module.init(key, method="initialise")`."""

@@ -72,6 +72,22 @@ def test_an_interruption_changes_no_pixel(cascade, whole, tmp_path):
     assert len(calls) == 14
 
 
+def test_a_canvas_that_was_half_written_is_mended(cascade, whole, tmp_path, monkeypatch):
+    write = Canvas.write
+
+    def fail(canvas, frame, pixels):
+        if frame.x == 38:
+            write(canvas, frame, np.where(np.arange(64)[:, None, None] < 40, pixels, canvas.read(frame)))
+            raise KeyboardInterrupt
+        write(canvas, frame, pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Canvas, "write", fail)
+        with pytest.raises(KeyboardInterrupt):
+            mural(cascade, PLAN, tmp_path)
+    np.testing.assert_array_equal(pixels(mural(cascade, PLAN, tmp_path)), whole)
+
+
 def test_a_frame_fades_into_what_it_knows_and_leaves_the_rest(cascade, whole, tmp_path):
     plan = PLAN._replace(height=64, width=112)
     first = pixels(mural(cascade, plan._replace(width=64, regions=()), tmp_path / "first"))

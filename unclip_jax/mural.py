@@ -21,6 +21,7 @@ from unclip_jax.generate import check_seeds
 from unclip_jax.inpaint import Method, painter
 from unclip_jax.inputs import RECOMMENDED, Options
 from unclip_jax.outpaint import Frame, frame_options, frames, paint_frame
+from unclip_jax.output import write_whole
 
 BAND = 1 / 16  # of a frame's side: how far it fades into what it knows
 PLAN, CANVAS = "plan.json", "canvas.rgb"
@@ -120,14 +121,22 @@ def mural(
     if not done:
         folder.mkdir(parents=True, exist_ok=True)
         canvas.create()
+    elif (last := _pixels(folder, done - 1)).exists():  # noted, but perhaps not all on the canvas
+        frame = todo[done - 1]
+        canvas.write(frame, np.fromfile(last, np.uint8).reshape(frame.side, frame.side, 3))
     for number in range(done, len(todo)):
         frame, painted = todo[number], todo[:number]
         picture, unknown = canvas.read(frame), ~_covered(frame, painted)
         share = _fade(unknown)
         prompt, seed = plan.prompt_of(frame), plan.seed + number
         new = paint_frame(cascade, picture, share > 0, prompt, seed, options, plan.method, progress)
-        canvas.write(frame, _mixed(picture, new, share))
+        mixed = _mixed(picture, new, share)
+        # What the canvas will hold is on the disk before it is noted, and noted before the canvas changes: a frame is
+        # never painted over its own pixels, whenever the run ends.
+        write_whole(_pixels(folder, number), lambda file, mixed=mixed: file.write(mixed.tobytes()))
         _note(folder, about | {"finished": number + 1})
+        canvas.write(frame, mixed)
+        _pixels(folder, number - 1).unlink(missing_ok=True)
     return canvas
 
 
@@ -166,8 +175,8 @@ def finished_frames(cascade: Cascade, plan: Plan, folder: str | Path) -> int:
 def forget(folder: str | Path) -> None:
     """Removes a mural's state, and its folder unless it holds anything else."""
     folder = Path(folder)
-    for name in (PLAN, CANVAS):
-        (folder / name).unlink(missing_ok=True)
+    for path in (folder / PLAN, folder / CANVAS, *folder.glob(_pixels(folder, "*").name)):
+        path.unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()
 
@@ -178,12 +187,12 @@ def _about(cascade: Cascade, plan: Plan) -> dict:
 
 
 def _note(folder: Path, state: dict) -> None:
-    partial = folder / f".{PLAN}"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(state, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / PLAN)
+    write_whole(folder / PLAN, lambda file: file.write(json.dumps(state, indent=1).encode()))
+
+
+def _pixels(folder: Path, number: int | str) -> Path:
+    """Where a frame's pixels lie until the next one's do."""
+    return folder / f"frame_{number}.rgb"
 
 
 def _covered(frame: Frame, painted: list[Frame]) -> Bool[np.ndarray, "f f"]:

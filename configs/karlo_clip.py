@@ -7,7 +7,7 @@ def get_config() -> TrainConfig:
     """427,616,513 parameters; the optimiser is the original CLIP's (arXiv 2103.00020, appendix F)."""
     return TrainConfig(
         name="karlo_clip",
-        network=ClipConfig(),  # its defaults are ViT-L/14
+        network=ClipConfig(unit_length=False),  # its other defaults are ViT-L/14
         data=DataConfig(size=224, batch_size=32_768, context_length=77),
         optim=OptimConfig(
             learning_rate=4e-4,

@@ -33,6 +33,7 @@ def get_config() -> TrainConfig:
             extra_tokens=4,
             image_drop=0.1,
             text_drop=0.3,  # this, image_drop and dropout: Karlo's training file
+            empty_null_text=True,
         ),
         diffusion=DiffusionConfig(schedule="cosine", steps=1000, learned_variance=True),
         sample=SampleConfig(sampler="ddpm", steps=25, guidance=8.0),

@@ -21,6 +21,7 @@ def get_config() -> TrainConfig:
             context_length=77,
             transformer=TransformerConfig(2048, 20, 32, causal=True),  # heads of 64
             text_drop=0.2,  # Karlo's training file
+            unit_length=False,
         ),
         diffusion=DiffusionConfig(schedule="cosine", steps=1000, prediction="x0", clip=5.0),
         sample=SampleConfig(sampler="ddpm", steps=25, guidance=4.0),

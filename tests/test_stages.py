@@ -159,6 +159,18 @@ def test_clip_does_not_care_in_what_order_pairs_come(clip_loss):
     np.testing.assert_allclose(clip_loss(shuffled)[0], clip_loss(BATCH)[0], rtol=1e-5)
 
 
+def test_a_dropped_caption_may_be_the_empty_one(context):
+    network = replace(CONFIGS["decoder"].network, empty_null_text=True, learned_null_text=False, image_drop=0.0)
+
+    def loss(drop: float, batch: Batch) -> float:
+        stage = stage_of("decoder", network=replace(network, text_drop=drop))
+        return stage.loss(some_params(stage), context, batch, jax.random.key(2))[0]
+
+    empty = {name: jnp.broadcast_to(row, BATCH.tokens.shape) for name, row in context["empty"].items()}
+    np.testing.assert_allclose(loss(1.0, BATCH), loss(0.0, BATCH._replace(**empty)), rtol=1e-6)
+    assert abs(loss(1.0, BATCH) - loss(0.0, BATCH)) > 1e-4
+
+
 @pytest.mark.parametrize("name", ["prior", "ar_prior", "decoder"])
 def test_a_stored_embedding_equals_one_computed_in_the_step(name, context):
     stage = stage_of(name)

@@ -39,6 +39,7 @@ class ClipConfig:
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
     temperature: float = 0.07  # initial
     max_logit_scale: float = 100.0
+    unit_length: bool = True  # of the embeddings that priors and decoders see; False: as projected (Karlo)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class PriorConfig:
     context_length: int = 77
     transformer: TransformerConfig = TransformerConfig(2048, 20, 32, causal=True)
     text_drop: float = 0.1
+    unit_length: bool = True  # of what it makes, as CLIP's
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,9 @@ class DecoderConfig:
     text_encoder: TransformerConfig | None = None  # the paper's own text encoder (width 2048), reading tokens
     vocab_size: int = 49408  # of that encoder
     context_length: int = 77
-    # Dropped captions become learned tokens; False: they are masked out (Karlo encodes the empty caption instead).
+    # Dropped captions become learned tokens, or else the empty caption (Karlo), or else they are masked out.
     learned_null_text: bool = False
+    empty_null_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class UpsamplerConfig:
     degradation: Literal["blur", "bsr", "none"] = "blur"
     crop_fraction: float = 0.25  # training crops, as a share of the target side
     residual: bool = False  # the network adds to the resized picture; of prediction x0 alone
+    last_step: bool = False  # another U-Net of the same config takes the step at t = 0 (Karlo); sampled, never trained
     text_encoder: TransformerConfig | None = None  # GLIDE's upsampler reads tokens too; its width is unet.context_dim
     vocab_size: int = 49408  # of that encoder
     context_length: int = 77

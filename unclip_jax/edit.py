@@ -23,7 +23,7 @@ from unclip_jax.config import ClipConfig, DecoderConfig, TrainConfig
 from unclip_jax.diffusion import samplers
 from unclip_jax.diffusion.guidance import limit_noise
 from unclip_jax.diffusion.schedule import StepTable, make_schedule, reverse_table, strided_timesteps
-from unclip_jax.generate import check, check_seeds, encode_prompts, finish, guided_decoder
+from unclip_jax.generate import check, check_seeds, encode_prompts, finish, guided_decoder, null_text
 from unclip_jax.inputs import (
     BUCKETS,
     DECODER,
@@ -194,7 +194,8 @@ def move(
 
     direction, text: for each latent, or one for all.
     """
-    embedding = slerp(latent.embedding, np.broadcast_to(direction, latent.embedding.shape), theta)
+    length = np.linalg.norm(latent.embedding, axis=-1, keepdims=True)
+    embedding = slerp(latent.embedding, length * direction, theta)
 
     def mixed(old: Any, new: Any) -> np.ndarray:
         weight = share.reshape(-1, *[1] * (np.ndim(old) - 1)).astype(np.float32)
@@ -268,7 +269,8 @@ def draw(
     progress(f"decoder {cascade.sizes[0]} px")
     guidance = (1.0 if inverted else config.sample.guidance) if options.guidance is None else options.guidance
     settings = None if guidance == 1 else np.float32(guidance), np.float32(eta), np.float32(inverted * (1 - eta))
-    down = partial(redraw, config, cascade.decoder.params, table_of(config, options.steps or STEPS), *settings)
+    table = table_of(config, options.steps or STEPS)
+    down = partial(redraw, config, cascade.decoder.params, table, null_text(cascade), *settings)
     small = _in_buckets(down, keys, latent)
     return finish(cascade, keys, jnp.asarray(small), check(cascade, options), progress)
 
@@ -304,6 +306,7 @@ def redraw(
     config: TrainConfig,
     params: Params,
     table: StepTable,
+    null: Text | None,
     guidance: Float[Array, ""] | None,
     eta: Float[Array, ""],
     limit: Float[Array, ""],
@@ -316,7 +319,7 @@ def redraw(
     """
     scale = None if guidance is None else jnp.broadcast_to(guidance, (len(keys),))
     embedding, noise, text, told = jax.tree.map(jnp.asarray, latent)
-    denoise = _denoiser(config, params, embedding, text, told, scale, limit)
+    denoise = _denoiser(config, params, embedding, text, told, scale, limit, null)
     own = stage_keys(keys, DECODER)
     return to_pixels(samplers.run(samplers.ddim(make_schedule(config.diffusion), eta), denoise, own, noise, table))
 
@@ -329,9 +332,10 @@ def _denoiser(
     told: Array,
     guidance: Array | None,
     share: Array,
+    null: Text | None = None,
 ) -> Denoise:
     rescale = jnp.zeros((), jnp.float32)
-    denoise = guided_decoder(config, params, embedding, text, guidance, rescale, told)
+    denoise = guided_decoder(config, params, embedding, text, guidance, rescale, told, null=null)
     return limit_noise(make_schedule(config.diffusion), denoise, share)
 
 

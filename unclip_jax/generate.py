@@ -60,17 +60,21 @@ def guided_decoder(
     rescale: Float[Array, ""],
     keep_text: Bool[Array, " b"] | None = None,
     beside: Float[Array, "b h w e"] | None = None,
+    null: Text | None = None,
 ) -> Denoise:
     """The decoder as a denoiser in [-1, 1], told of an embedding and a caption, guided and clipped.
 
     guidance None: 1, at half the cost. keep_text: false where a caption is dropped, as in training; None: all are kept.
-    beside: further input channels.
+    beside: further input channels. null: the empty caption, where the decoder is guided with it (empty_null_text), and
+    where a caption that is dropped must be the empty one itself.
     """
     assert isinstance(config.network, DecoderConfig)
     decoder, passes = Decoder(config.network), 1 if guidance is None else 2
-    both = text if guidance is None else doubled(text, text)
+    both = text if guidance is None else doubled(null or text, text)
     keep = jnp.arange(passes * len(embedding)) >= (passes - 1) * len(embedding)
     keep_both = keep if keep_text is None else keep & jnp.concatenate([keep_text] * passes)
+    if config.network.empty_null_text:
+        keep_both = jnp.ones_like(keep)
     told = decoder.apply(
         {"params": params}, jnp.concatenate([embedding] * passes), *both, keep, keep_both, method="condition"
     )
@@ -99,11 +103,12 @@ def decode(
     known: Known | None = None,
     clip: ClipConfig | None = None,
     clip_guidance: ClipGuidance | None = None,
+    null: Text | None = None,
 ) -> UInt8[Array, "b h w 3"]:
     """Pictures at the decoder's size from image embeddings and captions; start is x_T, None: noise of the keys."""
     assert isinstance(config.network, DecoderConfig)
     beside = _beside(config.network, known)
-    denoise = guided_decoder(config, params, embedding, text, guidance, rescale, beside=beside)
+    denoise = guided_decoder(config, params, embedding, text, guidance, rescale, beside=beside, null=null)
     if clip is not None and clip_guidance is not None:
         score = picture_score(clip, clip_guidance.params, text.embedding)
         pulled = score_guided(make_schedule(config.diffusion), denoise, score, clip_guidance.scale)
@@ -293,6 +298,13 @@ def encode_prompts(cascade: Cascade, prompts: Sequence[str]) -> Text:
     return encode(cascade.clip.config, cascade.clip.params, tokens.ids, tokens.mask)
 
 
+def null_text(cascade: Cascade) -> Text | None:
+    """The empty caption where the decoder is guided with it, else None."""
+    decoder = cascade.decoder.config.network
+    assert isinstance(decoder, DecoderConfig)
+    return encode_prompts(cascade, [""]) if decoder.empty_null_text else None
+
+
 def decode_embeddings(
     cascade: Cascade,
     keys: Keys,
@@ -319,7 +331,7 @@ def decode_embeddings(
     return decode(
         network.config, options.sampler or advice.sampler, network.params, keys, embedding, text,
         table, per_picture(guidance, len(keys)), np.float32(advice.rescale), np.float32(advice.eta), known=known,
-        **pull,
+        null=null_text(cascade), **pull,
     )  # fmt: skip
 
 

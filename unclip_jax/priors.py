@@ -47,7 +47,7 @@ def sample_prior(
     eta: Float[Array, ""],
     clean_variance: Float[Array, " T"] | None = None,
 ) -> Float[Array, "b z"]:
-    """CLIP image embeddings, unit length: of each prompt's candidates the one with the largest z_i . z_t.
+    """CLIP image embeddings: of each prompt's candidates the one whose direction is closest to the text embedding's.
 
     clean_variance: V_t of the analytic sampler.
     """
@@ -70,10 +70,11 @@ def sample_prior(
     def candidate(number: Array) -> Float[Array, "b z"]:
         own = stage_keys(stage_keys(keys, PRIOR), number)
         x = samplers.initial_noise(own, (width,))
-        return normalise(whitening.restore(samplers.run(step, denoise, own, x, table)))
+        drawn = whitening.restore(samplers.run(step, denoise, own, x, table))
+        return normalise(drawn) if config.network.unit_length else drawn
 
     drawn = jax.lax.map(candidate, jnp.arange(candidates))
-    best = jnp.argmax(jnp.einsum("cbz,bz->cb", drawn, normalise(text.embedding)), axis=0)
+    best = jnp.argmax(jnp.einsum("cbz,bz->cb", jax.vmap(normalise)(drawn), normalise(text.embedding)), axis=0)
     return jnp.take_along_axis(drawn, best[None, :, None], axis=0)[0]
 
 

@@ -59,7 +59,7 @@ def clip_scores(
 ) -> Float[Array, " b"]:
     """Cosines of pictures and text embeddings; config is CLIP's."""
     assert isinstance(config.network, ClipConfig)
-    return (encode_image(config.network, params, pictures) * normalise(text)).sum(-1)
+    return (normalise(encode_image(config.network, params, pictures)) * normalise(text)).sum(-1)
 
 
 def best_of(scores: Float[np.ndarray, "b n"], count: int) -> Int[np.ndarray, " b"]:

@@ -77,10 +77,11 @@ def call(module: nn.Module, params: Params, *arguments: Any, **options: Any) -> 
 
 
 def encode_image(config: ClipConfig, clip: Params, image: UInt8[Array, "b h w 3"]) -> Float[Array, "b z"]:
-    """CLIP's normalised image embeddings, pictures resized to its tower's size where they are not."""
+    """CLIP's image embeddings as other networks see them, pictures resized to its tower's size where they are not."""
     if image.shape[1] != config.image_size:
         image = to_pixels(resize_low(to_model(image), config.image_size))
-    return normalise(call(Clip(config), clip, preprocess(config, image), method="encode_image"))
+    embedding = call(Clip(config), clip, preprocess(config, image), method="encode_image")
+    return normalise(embedding) if config.unit_length else embedding
 
 
 def clip_stage(config: ClipConfig) -> Stage:
@@ -205,12 +206,15 @@ def decoder_stage(config: DecoderConfig, diffusion: DiffusionConfig, clip_config
 
     def condition(params: Params, context: Params, batch: Batch, keep_image: Array, keep_text: Array) -> Condition:
         embedding = _embedding_of(clip_config, context, batch)
+        tokens, mask = batch.tokens, batch.mask
+        if config.empty_null_text:
+            tokens = jnp.where(keep_text[:, None], tokens, context["empty"]["tokens"])
+            mask, keep_text = jnp.where(keep_text[:, None], mask, context["empty"]["mask"]), jnp.ones_like(keep_text)
         if config.text_encoder is None:
-            text = call(Clip(clip_config), context["clip"], batch.tokens, method="encode_text")
-            states, pooled = text
+            states, pooled = call(Clip(clip_config), context["clip"], tokens, method="encode_text")
         else:
-            states, pooled = call(decoder, params, batch.tokens, batch.mask, method="encode_text")
-        return call(decoder, params, embedding, states, batch.mask, pooled, keep_image, keep_text, method="condition")
+            states, pooled = call(decoder, params, tokens, mask, method="encode_text")
+        return call(decoder, params, embedding, states, mask, pooled, keep_image, keep_text, method="condition")
 
     def loss(params: Params, context: Params, batch: Batch, key: PRNGKey):
         key_image, key_text, key_diffusion, key_dropout = jax.random.split(key, 4)
@@ -264,6 +268,8 @@ def upsampler_stage(config: UpsamplerConfig, diffusion: DiffusionConfig) -> Stag
         return resize_low(to_model(batch.low), batch.image.shape[1])
 
     def loss(params: Params, context: Params, batch: Batch, key: PRNGKey):
+        if config.last_step:
+            raise ValueError("the U-Net of the last step is trained by itself: set network.last_step to false")
         key_diffusion, key_dropout = jax.random.split(key)
         x0, low = to_model(batch.image), resized(batch)
         t, noise, x_t = _timesteps_and_noise(diffusion, key_diffusion, x0)

@@ -279,6 +279,19 @@ def test_an_untrained_residual_upsampler_says_the_low_picture():
     np.testing.assert_array_equal(module.apply({"params": params}, x, jnp.asarray([5]), low), low)
 
 
+def test_another_unet_takes_the_last_step():
+    unet = UNetConfig(in_channels=6, channels=8, multipliers=(1,), depth=1, scale_shift=False, groups=4)
+    one, two = Upsampler(UpsamplerConfig(unet=unet)), Upsampler(UpsamplerConfig(unet=unet, last_step=True))
+    params = filled(lambda key: init_upsampler(two, key))
+    assert set(params) == {"unet", "unet_last"}
+    apply = jax.jit(lambda t, x, low: two.apply({"params": params}, x, t, low))
+    x, low = normal(0, 1, 4, 4, 3), normal(1, 1, 4, 4, 3)
+    for t, name in ((5, "unet"), (0, "unet_last")):
+        alone = one.apply({"params": {"unet": params[name]}}, x, jnp.asarray([t]), low)
+        np.testing.assert_allclose(apply(jnp.asarray([t]), x, low), alone, atol=1e-5)
+    assert np.abs(apply(jnp.asarray([0]), x, low) - apply(jnp.asarray([5]), x, low)).max() > 1e-3
+
+
 def test_resize_low_keeps_constants_and_means():
     low = normal(0, 2, 4, 4, 3)
     assert resize_low(low, 16).shape == (2, 16, 16, 3)

@@ -30,6 +30,8 @@ class Upsampler(nn.Module):
         """Create the U-Net and, where the config asks, the text encoder."""
         config = self.config
         self.unet = UNet(config.unet)
+        if config.last_step:
+            self.unet_last = UNet(config.unet)
         if config.text_encoder is not None:
             self.text_encoder = TextEncoder(config.text_encoder, config.vocab_size, config.context_length)
             self.text_to_time = dense(config.unet.embedding_dim, config.unet.dtype)
@@ -51,9 +53,21 @@ class Upsampler(nn.Module):
         """The network's output for noisy x at t; low is the low-resolution picture already resized to x's size.
 
         With config.residual low is added to what the U-Net says, so that an untrained network enlarges bicubically.
+        With config.last_step all examples share one t.
         """
+        told = condition or (None, None, None)
+
+        def first(module: "Upsampler", x: Array) -> Array:
+            return module.unet(x, t, *told, deterministic=deterministic)
+
+        def last(module: "Upsampler", x: Array) -> Array:
+            return module.unet_last(x, t, *told, deterministic=deterministic)
+
         x = jnp.concatenate([x, low.astype(x.dtype)], axis=-1)
-        output = self.unet(x, t, *(condition or (None, None, None)), deterministic=deterministic)
+        if self.config.last_step and not self.is_initializing():
+            output = nn.cond(t[0] == 0, last, first, self, x)
+        else:
+            output = first(self, x)
         return output + low if self.config.residual else output
 
     def initialise(self) -> Float[Array, "b h w out"]:
@@ -65,7 +79,10 @@ class Upsampler(nn.Module):
         if config.text_encoder is not None:
             n = config.context_length
             condition = self.condition(jnp.zeros((1, n), jnp.int32), jnp.ones((1, n), bool))
-        return self(picture[..., 3:], jnp.zeros((1,), jnp.int32), picture[..., :3], condition)
+        t = jnp.zeros((1,), jnp.int32)
+        if config.last_step:
+            self.unet_last(picture, t, *(condition or (None, None, None)))
+        return self(picture[..., 3:], t, picture[..., :3], condition)
 
 
 def init_upsampler(module: Upsampler, key: Key[Array, ""]) -> Params:

@@ -16,7 +16,7 @@ def get_config() -> TrainConfig:
             transformer=TransformerConfig(width=160, layers=4, heads=5, causal=True),
             text_drop=0.1,
         ),
-        sample=SampleConfig(guidance=1.0),
+        sample=SampleConfig(guidance=2.0, temperature=0.7),
         data=DataConfig(batch_size=128, stored=32_768),
         optim=OptimConfig(learning_rate=1.5e-3, warmup=50, decay_steps=800, weight_decay=0.04, ema=0.995),
         steps=900,

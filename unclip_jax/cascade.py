@@ -8,7 +8,7 @@ import jax
 from unclip_jax.checkpoint.safetensors import Network, check_tree, load_network
 from unclip_jax.checkpoint.schema import CheckpointError
 from unclip_jax.config import ArPriorConfig, ClipConfig, DecoderConfig, PriorConfig, UpsamplerConfig
-from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.data.tokenizer import ClipTokenizer, TextTokenizer
 from unclip_jax.models.quantiser import shapes
 from unclip_jax.stages import build
 
@@ -18,14 +18,14 @@ SHIPPED = Path(__file__).parent / "weights"
 class Cascade(NamedTuple):
     """The networks of one cascade.
 
-    words: what its captions were made of. ar_prior: the autoregressive one, and inpaint, the decoder that
-    was trained to inpaint, where there are such. sizes: sides of the pictures that it makes, in px. digest: identifies
-    all its weights together.
+    words: what its captions were made of, where that is known. prior, ar_prior: the diffusion prior and the
+    autoregressive one, and inpaint, the decoder that was trained to inpaint, where there are such. sizes: sides of the
+    pictures that it makes, in px. digest: identifies all its weights together.
     """
 
-    tokenizer: ClipTokenizer
+    tokenizer: TextTokenizer
     clip: Network
-    prior: Network
+    prior: Network | None
     decoder: Network
     upsamplers: tuple[Network, ...]
     words: tuple[str, ...]
@@ -35,10 +35,19 @@ class Cascade(NamedTuple):
     def chosen_prior(self, name: Literal["diffusion", "ar"]) -> Network:
         """The prior of a name; ValueError where the cascade lacks it."""
         if name == "diffusion":
+            if self.prior is None:
+                raise ValueError("this cascade has no diffusion prior, so it makes no picture of a caption alone")
             return self.prior
         if self.ar_prior is None:
             raise ValueError("this cascade has no ar_prior.safetensors: train one, or choose the prior diffusion")
         return self.ar_prior
+
+    def require_image_tower(self) -> None:
+        """ValueError where CLIP's image tower is absent, as it is in Karlo's text-to-image repository."""
+        if "image_projection" not in self.clip.params:
+            raise ValueError(
+                "this cascade's CLIP has no image tower: name a second --weights that has an image_encoder"
+            )
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -76,14 +85,18 @@ def load_checked(path: Path, kind: type, clip: Network | None = None) -> Network
             f"'{path}' was trained on the CLIP {network.clip}, not on {clip.digest}: take all of them from one cascade"
         )
     if isinstance(clip_config, ClipConfig):
-        _check_widths(network, clip_config, path)
+        check_widths(network, clip_config, path)
     return network
 
 
-def _check_widths(network: Network, clip: ClipConfig, path: Path) -> None:
+def check_widths(network: Network, clip: ClipConfig, path: Path | str) -> None:
     """CheckpointError where a prior or decoder reads other widths than the CLIP gives, or lacks its constants."""
     match network.config.network:
-        case PriorConfig(embedding_dim=image, text_dim=text, context_length=length):
+        case PriorConfig(embedding_dim=image, text_dim=text, context_length=length) as config:
+            if config.unit_length != clip.unit_length:
+                raise CheckpointError(
+                    f"'{path}' and its CLIP disagree about the length of embeddings: they are no pair"
+                )
             statistics = network.constants.get("whitening", {})
             if {name: array.shape for name, array in statistics.items()} != {"mean": (image,), "std": (image,)}:
                 raise CheckpointError(f"'{path}' lacks the prior's whitening constants: fetch or train it again")
@@ -139,16 +152,24 @@ def load_cascade(folder: str | Path = SHIPPED) -> Cascade:
     inpaint = _load_decoder(inpaint_path, clip, channels=7) if inpaint_path.exists() else None
     found = [load_checked(path, UpsamplerConfig) for path in folder.glob("upsampler_*.safetensors")]
     upsamplers = sorted(found, key=lambda network: network.config.network.size)  # type: ignore[union-attr]
-    side = decoder.config.network.size  # type: ignore[union-attr]
-    if inpaint is not None and inpaint.config.network.size != side:  # type: ignore[union-attr]
-        raise CheckpointError(f"'{inpaint_path}' does not make pictures of {side} px, as the decoder does")
-    for network in upsamplers:
+    words = tuple(clip.extra.get("words", ()))
+    cascade = Cascade(tokenizer_from(clip), clip, prior, decoder, tuple(upsamplers), words, ar_prior, inpaint)
+    check_cascade(cascade, str(folder))
+    return cascade
+
+
+def check_cascade(cascade: Cascade, name: str) -> None:
+    """CheckpointError where the networks of the cascade `name` do not fit each other."""
+    side = cascade.sizes[0]
+    if cascade.inpaint is not None and cascade.inpaint.config.network.size != side:  # type: ignore[union-attr]
+        raise CheckpointError(
+            f"'{name}' has an inpainting decoder that does not make pictures of {side} px, as the other"
+        )
+    for network in cascade.upsamplers:
         config = network.config.network
         assert isinstance(config, UpsamplerConfig)
         if config.low_size != side:
             raise CheckpointError(
-                f"the {config.size} px upsampler of '{folder}' enlarges {config.low_size} px, not {side}"
+                f"the {config.size} px upsampler of '{name}' enlarges {config.low_size} px, not {side}"
             )
         side = config.size
-    words = tuple(clip.extra.get("words", ()))
-    return Cascade(tokenizer_from(clip), clip, prior, decoder, tuple(upsamplers), words, ar_prior, inpaint)

@@ -160,6 +160,7 @@ class SampleConfig:
     rescale: float = 0.0
     eta: float = 0.0
     temperature: float = 1.0  # of the autoregressive prior, which reads this and guidance alone
+    candidates: int = 2  # of the diffusion prior
 
 
 @dataclass(frozen=True)

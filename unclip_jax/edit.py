@@ -276,7 +276,8 @@ def draw(
 
 
 def embed_pictures(cascade: Cascade, pictures: Sequence[Picture]) -> Float[np.ndarray, "b z"]:
-    """CLIP's unit-length embeddings of pictures of any size."""
+    """CLIP's embeddings of pictures of any size, as the decoder reads them."""
+    cascade.require_image_tower()
     config = cascade.clip.config.network
     assert isinstance(config, ClipConfig)
     return _in_buckets(

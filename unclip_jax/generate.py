@@ -185,10 +185,12 @@ def check(cascade: Cascade, options: Options) -> int:
     ):
         if scale is not None and not (np.isfinite(scale) and 0 <= scale <= 100):
             raise ValueError(f"{name} must be a number between 0 and 100, not {scale}")
-    if not 1 <= options.candidates <= 64:
+    if options.candidates is not None and not 1 <= options.candidates <= 64:
         raise ValueError(f"candidates must lie between 1 and 64, not {options.candidates}")
     if not 1 <= options.rank_from <= 512:
         raise ValueError(f"rank from must lie between 1 and 512, not {options.rank_from}")
+    if options.rank_from > 1 or options.clip_guidance:
+        cascade.require_image_tower()
     return size
 
 

@@ -39,7 +39,7 @@ class Options(NamedTuple):
     guidance: float | None = None  # of the decoder
     prior_steps: int | None = None
     prior_guidance: float | None = None
-    candidates: int = 2  # of the diffusion prior
+    candidates: int | None = None  # of the diffusion prior
     prior: Literal["diffusion", "ar"] = "diffusion"
     prior_temperature: float | None = None  # of the autoregressive prior
     resamples: int | None = None  # walks through every stretch of noise levels where a plain decoder inpaints

@@ -52,7 +52,7 @@ def sample_prior(
     clean_variance: V_t of the analytic sampler.
     """
     assert isinstance(config.network, PriorConfig)
-    prior, schedule = Prior(config.network), make_schedule(config.diffusion)
+    prior, schedule, unit_length = Prior(config.network), make_schedule(config.diffusion), config.network.unit_length
     both, width = doubled(null, text), config.network.embedding_dim
     both_text = (both.states, both.mask, both.embedding)
 
@@ -71,7 +71,7 @@ def sample_prior(
         own = stage_keys(stage_keys(keys, PRIOR), number)
         x = samplers.initial_noise(own, (width,))
         drawn = whitening.restore(samplers.run(step, denoise, own, x, table))
-        return normalise(drawn) if config.network.unit_length else drawn
+        return normalise(drawn) if unit_length else drawn
 
     drawn = jax.lax.map(candidate, jnp.arange(candidates))
     best = jnp.argmax(jnp.einsum("cbz,bz->cb", jax.vmap(normalise)(drawn), normalise(text.embedding)), axis=0)
@@ -123,9 +123,10 @@ def prior_embeddings(prior: Network, keys: Keys, text: Text, null: Text, options
             prior.config, prior.params, Quantiser(**prior.constants["quantiser"]), keys, text, null,
             per_picture(guidance, len(keys)), per_picture(temperature, len(keys)),
         )  # fmt: skip
+    table = table_of(prior.config, options.prior_steps or advice.steps)
     return sample_prior(
-        prior.config, advice.sampler, options.candidates, prior.params, Whitening(**prior.constants["whitening"]),
-        keys, text, null, table_of(prior.config, options.prior_steps or advice.steps), per_picture(guidance, len(keys)),
+        prior.config, advice.sampler, options.candidates or advice.candidates, prior.params,
+        Whitening(**prior.constants["whitening"]), keys, text, null, table, per_picture(guidance, len(keys)),
         np.float32(advice.eta), _clean_variance(prior) if advice.sampler == "analytic" else None,
     )  # fmt: skip
 

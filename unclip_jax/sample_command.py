@@ -27,7 +27,7 @@ def sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prior-steps", type=int, help="of the diffusion prior")
     parser.add_argument("--prior-guidance", type=float, help="of the prior")
     parser.add_argument("--prior-temperature", type=float, help="of the autoregressive prior")
-    parser.add_argument("--candidates", type=int, default=2, help="what the diffusion prior chooses from (default 2)")
+    parser.add_argument("--candidates", type=int, help="what the diffusion prior chooses from (default: its config's)")
     parser.add_argument(
         "--clip-guidance", type=float, default=0.0, help="pull of CLIP's gradient on the decoder (default 0, off)"
     )

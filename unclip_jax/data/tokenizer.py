@@ -4,7 +4,7 @@ import gzip
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -54,6 +54,19 @@ def clip_encoding() -> Tokenizer:
 def clip_vocabulary() -> dict[str, int]:
     """Ids of OpenAI's tokenizer by word piece."""
     return clip_encoding().get_vocab()
+
+
+class TextTokenizer(Protocol):
+    """What turns prompts into ids for a cascade."""
+
+    @property
+    def context_length(self) -> int:
+        """Ids of a text, padding included."""
+        ...
+
+    def encode(self, texts: list[str]) -> Tokens:
+        """Texts as ids; what does not fit is cut, with the end of text kept."""
+        ...
 
 
 @dataclass(frozen=True)

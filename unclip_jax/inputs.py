@@ -13,7 +13,7 @@ from unclip_jax.config import ClipConfig, DiffusionConfig, TrainConfig
 from unclip_jax.diffusion import samplers
 from unclip_jax.diffusion.guidance import clip_static
 from unclip_jax.diffusion.schedule import Schedule, StepTable, step_table, strided_timesteps
-from unclip_jax.models.clip import Clip
+from unclip_jax.models.clip import TextTower
 from unclip_jax.stages import encode_image
 from unclip_jax.types import Denoise, Keys, Params
 
@@ -95,9 +95,9 @@ def per_picture(value: float, rows: int) -> Float[np.ndarray, " b"]:
 
 @partial(jax.jit, static_argnums=0)
 def encode(config: TrainConfig, params: Params, tokens: Array, mask: Array) -> Text:
-    """Prompts' states and embeddings; config is CLIP's."""
+    """Prompts' states and embeddings; config is CLIP's, whose image tower may be absent."""
     assert isinstance(config.network, ClipConfig)
-    encoding: Any = Clip(config.network).apply({"params": params}, tokens, method="encode_text")
+    encoding: Any = TextTower(config.network).apply({"params": params}, tokens, method="encode_text")
     return Text(encoding.states, mask, encoding.embedding)
 
 

@@ -30,7 +30,7 @@ from unclip_jax.diffusion.guidance import clip_static
 from unclip_jax.diffusion.inpainting import keep_known, mask_channels, random_masks
 from unclip_jax.diffusion.schedule import make_schedule, step_table, strided_timesteps
 from unclip_jax.models.ar_prior import ArPrior
-from unclip_jax.models.clip import Clip, normalise, preprocess
+from unclip_jax.models.clip import Clip, ImageTower, normalise, preprocess
 from unclip_jax.models.decoder import Condition, Decoder, init_decoder
 from unclip_jax.models.prior import Prior, Whitening
 from unclip_jax.models.quantiser import Quantiser
@@ -80,7 +80,7 @@ def encode_image(config: ClipConfig, clip: Params, image: UInt8[Array, "b h w 3"
     """CLIP's image embeddings as other networks see them, pictures resized to its tower's size where they are not."""
     if image.shape[1] != config.image_size:
         image = to_pixels(resize_low(to_model(image), config.image_size))
-    embedding = call(Clip(config), clip, preprocess(config, image), method="encode_image")
+    embedding = call(ImageTower(config), clip, preprocess(config, image), method="encode_image")
     return normalise(embedding) if config.unit_length else embedding
 
 

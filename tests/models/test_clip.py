@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from unclip_jax.config import ClipConfig, TransformerConfig
-from unclip_jax.models.clip import Clip, normalise, preprocess
+from unclip_jax.models.clip import Clip, ImageTower, TextTower, normalise, preprocess
 
 CONFIG = ClipConfig(
     embedding_dim=8,
@@ -73,6 +73,17 @@ def test_the_end_of_text_is_pooled(params):
 def test_an_example_does_not_know_its_batch(params):
     np.testing.assert_allclose(image(params, IMAGES[jnp.array([0, 2, 2])])[0], image(params, IMAGES)[0], atol=1e-5)
     np.testing.assert_allclose(text(params, TOKENS[::-1]).embedding[2], text(params, TOKENS).embedding[0], atol=1e-5)
+
+
+def test_a_tower_alone_needs_its_own_parameters_only(params):
+    for tower, method, argument, expected in (
+        (TextTower(CONFIG), "encode_text", TOKENS, text(params, TOKENS)),
+        (ImageTower(CONFIG), "encode_image", preprocess(CONFIG, IMAGES), image(params, IMAGES)),
+    ):
+        own = jax.eval_shape(partial(tower.init, method=method), jax.random.key(0), argument)["params"]
+        part = {"params": {name: params["params"][name] for name in own}}
+        found = jax.jit(partial(tower.apply, method=method))(part, argument)
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), found, expected)
 
 
 def test_every_patch_counts(params):

@@ -11,6 +11,8 @@ from unclip_jax.config import ClipConfig, TransformerConfig
 from unclip_jax.models.precision import dtype_of, precision_of
 from unclip_jax.models.transformer import Transformer
 
+_SMALL = nn.initializers.normal(0.02)
+
 
 class TextEncoding(NamedTuple):
     """states: after the final norm, [b n d]. embedding: projected state at the end of text, [b z], not normalised."""
@@ -35,34 +37,24 @@ def _norm(config: TransformerConfig) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=config.norm_epsilon, dtype=dtype_of(config.dtype))
 
 
-class Clip(nn.Module):
-    """Both towers and the temperature; parameters are float32, compute is each tower's dtype."""
+class ImageTower(nn.Module):
+    """The image tower alone; parameters are float32, compute is the tower's dtype."""
 
     config: ClipConfig
 
     def setup(self) -> None:
-        """Creates every parameter."""
-        config = self.config
-        vision, text = config.vision, config.text
+        """Creates the tower's parameters."""
+        config, vision = self.config, self.config.vision
         dtype, precision = dtype_of(vision.dtype), precision_of(vision.dtype)
         patch = (config.patch_size, config.patch_size)
         places = (config.image_size // config.patch_size) ** 2 + 1
         self.patches = nn.Conv(vision.width, patch, patch, "VALID", use_bias=False, dtype=dtype, precision=precision)
-        small = nn.initializers.normal(0.02)
-        self.class_token = self.param("class_token", small, (vision.width,))
-        self.image_positions = self.param("image_positions", small, (places, vision.width))
+        self.class_token = self.param("class_token", _SMALL, (vision.width,))
+        self.image_positions = self.param("image_positions", _SMALL, (places, vision.width))
         self.image_norm_in = _norm(vision)
         self.image_transformer = Transformer(vision)
         self.image_norm_out = _norm(vision)
         self.image_projection = nn.Dense(config.embedding_dim, use_bias=False, dtype=dtype, precision=precision)
-
-        dtype, precision = dtype_of(text.dtype), precision_of(text.dtype)
-        self.token_embedding = nn.Embed(config.vocab_size, text.width, dtype=dtype, embedding_init=small)
-        self.text_positions = self.param("text_positions", small, (config.context_length, text.width))
-        self.text_transformer = Transformer(text)
-        self.text_norm = _norm(text)
-        self.text_projection = nn.Dense(config.embedding_dim, use_bias=False, dtype=dtype, precision=precision)
-        self.log_scale = self.param("log_scale", nn.initializers.constant(np.log(1 / config.temperature)), ())
 
     def encode_image(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b z"]:
         """Preprocessed pixels of the tower's size to embeddings, not normalised."""
@@ -73,6 +65,22 @@ class Clip(nn.Module):
         x = self.image_transformer(self.image_norm_in(x))
         return self.image_projection(self.image_norm_out(x[:, 0])).astype(jnp.float32)
 
+
+class TextTower(nn.Module):
+    """The text tower alone; parameters are float32, compute is the tower's dtype."""
+
+    config: ClipConfig
+
+    def setup(self) -> None:
+        """Creates the tower's parameters."""
+        config, text = self.config, self.config.text
+        dtype, precision = dtype_of(text.dtype), precision_of(text.dtype)
+        self.token_embedding = nn.Embed(config.vocab_size, text.width, dtype=dtype, embedding_init=_SMALL)
+        self.text_positions = self.param("text_positions", _SMALL, (config.context_length, text.width))
+        self.text_transformer = Transformer(text)
+        self.text_norm = _norm(text)
+        self.text_projection = nn.Dense(config.embedding_dim, use_bias=False, dtype=dtype, precision=precision)
+
     def encode_text(self, tokens: Int[Array, "b n"]) -> TextEncoding:
         """Ids to states and embeddings; causality makes a padding mask needless."""
         config = self.config
@@ -82,6 +90,18 @@ class Clip(nn.Module):
         end = tokens if config.eos_id is None else tokens == config.eos_id
         pooled = jnp.take_along_axis(states, jnp.argmax(end, axis=1)[:, None, None], axis=1)[:, 0]
         return TextEncoding(states.astype(jnp.float32), self.text_projection(pooled).astype(jnp.float32))
+
+
+class Clip(ImageTower, TextTower):
+    """Both towers, their parameters side by side in one tree, and the temperature."""
+
+    config: ClipConfig
+
+    def setup(self) -> None:
+        """Creates every parameter."""
+        ImageTower.setup(self)
+        TextTower.setup(self)
+        self.log_scale = self.param("log_scale", nn.initializers.constant(np.log(1 / self.config.temperature)), ())
 
     def scale(self) -> Float[Array, ""]:
         """The factor on cosine similarities, exp of the learned temperature, capped."""

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 from PIL import Image
 
 from unclip_jax.checkpoint.schema import CheckpointError
@@ -16,9 +18,6 @@ from unclip_jax.interop.clip_pixels import channel_statistics, clip_pixels, prep
 from unclip_jax.interop.loading import load_params
 from unclip_jax.interop.sources import open_source
 from unclip_jax.models.clip import Clip, normalise
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 
 END = 40  # of the made-up vocabularies of 50 ids: by its number, larger ids may follow or come before
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 
 from unclip_jax.checkpoint.schema import CheckpointError
 from unclip_jax.config import ClipConfig
@@ -20,8 +21,6 @@ from unclip_jax.interop.clip_tokenizer import load_tokenizer, save_tokenizer
 from unclip_jax.interop.loading import load_params
 from unclip_jax.interop.sources import open_source
 from unclip_jax.models.clip import TextTower
-
-transformers = pytest.importorskip("transformers")
 
 TEXTS = [
     "a photo of a dog",
@@ -104,7 +103,8 @@ def test_ids_and_masks_are_the_reference_s(name, request):
 
 def test_prompts_to_states_as_the_reference(karlo, tmp_path):
     """Short, empty, strange and too long prompts through tokenizer and text tower, both theirs and both ours."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     torch.set_num_threads(2)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     settings = transformers.CLIPTextConfig(**sizes, projection_dim=24, hidden_act="quick_gelu", eos_token_id=2)

@@ -21,8 +21,9 @@ SMALLEST_BUCKET = 32
 class Schedule(NamedTuple):
     """A noise process x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon: float32 tables over t = 0 .. T-1.
 
-    Computed as the diffusers library does, and so as published samplers did: betas in float64, cast to float32, all
-    that follows in float32. At t = 0, 1 - abar is 5e-4 (relative) from beta; pictures of float64 tables differ so much.
+    Computed as the diffusers library does, and so as published samplers did: betas in float64, cast to float32, and
+    from these abar, again as float32, which 1 - abar is taken from. At t = 0, 1 - abar is 5e-4 (relative) from beta;
+    pictures of float64 tables differ so much.
     """
 
     betas: Float32[np.ndarray, " T"]
@@ -60,7 +61,8 @@ def make_schedule(config: DiffusionConfig) -> Schedule:
             scale = 1000 / config.steps
             betas = np.linspace(scale * 1e-4, scale * 0.02, config.steps, dtype=np.float64)
     betas = np.minimum(betas, 0.999).astype(np.float32)
-    alphas_cumprod = np.cumprod(np.float32(1) - betas, dtype=np.float32)
+    # The product in float64, as torch's cumprod on a CPU: every abar is then the library's, bit by bit.
+    alphas_cumprod = np.cumprod(np.float32(1) - betas, dtype=np.float64).astype(np.float32)
     return Schedule(betas, alphas_cumprod, np.float32(1) - alphas_cumprod)
 
 

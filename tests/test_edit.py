@@ -112,8 +112,12 @@ def test_ends_of_an_interpolation_are_the_reconstructions(cascade, pictures, reb
     assert frames.shape == (5, 64, 64, 3)
     assert levels_apart(frames[[0, -1]], rebuilt) <= 1
     assert min(levels_apart(a, b) for a, b in zip(frames, frames[1:], strict=False)) > 0
-    through = interpolate(cascade, [*pictures, pictures[0]], 5, options=SMALL)
-    assert levels_apart(through[[0, 2, 4]], rebuilt[[0, 1, 0]]) <= 1
+    # Four steps through a random network amplify the rounding in which batches of other sizes differ: one inversion.
+    three = [*pictures, pictures[0]]
+    latent = invert_pictures(cascade, three, [""] * 3, SMALL)
+    through = interpolate(cascade, three, 5, options=SMALL)
+    again = draw(cascade, picture_keys(0, 1)[np.zeros(3, int)], latent, SMALL)
+    assert levels_apart(through[[0, 2, 4]], again) <= 1 and levels_apart(again, rebuilt[[0, 1, 0]]) < 5
 
 
 def test_prompts_interpolate_at_one_noise(cascade):

@@ -1,18 +1,24 @@
 """A loaded cascade: CLIP, prior, decoder and upsamplers that belong together, with the tokenizer that they share."""
 
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from unclip_jax.checkpoint.safetensors import Network, check_tree, load_network
 from unclip_jax.checkpoint.schema import CheckpointError
-from unclip_jax.config import ArPriorConfig, ClipConfig, DecoderConfig, PriorConfig, UpsamplerConfig
+from unclip_jax.config import ArPriorConfig, ClipConfig, DecoderConfig, Dtype, PriorConfig, UpsamplerConfig
 from unclip_jax.data.tokenizer import ClipTokenizer, TextTokenizer
 from unclip_jax.models.quantiser import shapes
 from unclip_jax.stages import build
 
 SHIPPED = Path(__file__).parent / "weights"
+PUBLISHED = "model_index.json"  # what a folder in diffusers' layout holds
+Source = str | Path
 
 
 class Cascade(NamedTuple):
@@ -50,6 +56,11 @@ class Cascade(NamedTuple):
             )
 
     @property
+    def ancestral(self) -> bool:
+        """Whether the decoder is to be sampled with fresh noise at every step, as Karlo's is."""
+        return self.decoder.config.sample.sampler == "ddpm"
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """Sides of the pictures that the stages end at, ascending, in px."""
         return (self.decoder.config.network.size, *(network.config.network.size for network in self.upsamplers))  # type: ignore[union-attr]
@@ -70,6 +81,15 @@ def tokenizer_from(clip: Network) -> ClipTokenizer:
     return tokenizer
 
 
+def _tokenizer(clip: Network, folder: Path) -> TextTokenizer:
+    """Its tokenizer, which an imported CLIP has beside it."""
+    if (folder / "tokenizer").is_dir():
+        from unclip_jax.interop.clip_tokenizer import load_tokenizer
+
+        return load_tokenizer(folder / "tokenizer", clip.config.network)  # type: ignore[arg-type]
+    return tokenizer_from(clip)
+
+
 def load_checked(path: Path, kind: type, clip: Network | None = None) -> Network:
     """A network of one kind, with every tensor that its config calls for and no other.
 
@@ -77,9 +97,7 @@ def load_checked(path: Path, kind: type, clip: Network | None = None) -> Network
     """
     network = load_network(path, expect=kind)
     clip_config = clip.config.network if clip is not None else None
-    stage = build(network.config, clip_config)  # type: ignore[arg-type]
-    expected = jax.eval_shape(stage.init, jax.random.key(0))
-    check_tree(expected, network.params, str(path))
+    check_tree(expected_shapes(network, clip_config), network.params, str(path))  # type: ignore[arg-type]
     if clip is not None and network.clip != clip.digest:
         raise CheckpointError(
             f"'{path}' was trained on the CLIP {network.clip}, not on {clip.digest}: take all of them from one cascade"
@@ -87,6 +105,15 @@ def load_checked(path: Path, kind: type, clip: Network | None = None) -> Network
     if isinstance(clip_config, ClipConfig):
         check_widths(network, clip_config, path)
     return network
+
+
+def expected_shapes(network: Network, clip: ClipConfig | None = None) -> Any:
+    """The tree of shapes that a network's config calls for; a published CLIP may have its text tower alone."""
+    if isinstance(network.config.network, ClipConfig) and "image_projection" not in network.params:
+        from unclip_jax.interop.clip import text_shapes
+
+        return {**text_shapes(network.config.network), "log_scale": jax.ShapeDtypeStruct((), jnp.float32)}
+    return jax.eval_shape(build(network.config, clip).init, jax.random.key(0))
 
 
 def check_widths(network: Network, clip: ClipConfig, path: Path | str) -> None:
@@ -136,13 +163,102 @@ def _load_decoder(path: Path, clip: Network, channels: int) -> Network:
     return network
 
 
-def load_cascade(folder: str | Path = SHIPPED) -> Cascade:
-    """The cascade of a folder: clip, prior, decoder and upsampler_<size>.safetensors; the shipped one by default.
+def load_cascade(
+    source: Source | Sequence[Source] = SHIPPED,
+    dtype: Dtype | Literal["auto"] = "auto",
+    upsampler: Source | None = None,
+) -> Cascade:
+    """The cascade of a folder or of a repository on the hub; the shipped one by default.
 
-    ar_prior.safetensors and inpaint.safetensors may be there too.
+    source: a folder of clip, prior, decoder and upsampler_<size>.safetensors, beside which ar_prior.safetensors and
+    inpaint.safetensors may lie; or a folder in diffusers' layout; or, as a string, `owner/name` or
+    `owner/name@revision`. Several of the latter two, in a sequence or with commas between them, complete each other.
+    dtype: of parameters and compute; auto is float32 for weights of ours, and for published ones `fastest_dtype`'s.
+    upsampler: a file of ours that is appended as the last stage.
     Raises CheckpointError in one sentence where a file is missing, damaged, or does not belong to the others.
     """
-    folder = Path(folder)
+    folders = [_local(part) for part in _sources(source)]
+    if any((folder / PUBLISHED).is_file() for folder in folders):
+        from unclip_jax.interop.folder import load_folders
+
+        cascade = load_folders(folders, fastest_dtype() if dtype == "auto" else dtype)
+    elif len(folders) == 1:
+        cascade = _load_folder(folders[0])
+        cascade = cascade if dtype == "auto" else _in_dtype(cascade, dtype)
+    else:
+        raise CheckpointError("only published cascades come in parts: name one folder of weights")
+    if upsampler is None:
+        return cascade
+    last = load_checked(Path(upsampler), UpsamplerConfig)
+    last = last if dtype == "auto" else _computing(last, dtype)
+    cascade = cascade._replace(upsamplers=(*cascade.upsamplers, last))
+    check_cascade(cascade, str(upsampler))
+    return cascade
+
+
+def fastest_dtype() -> Dtype:
+    """bfloat16 on TPUs and on GPUs of compute capability 8 or more, float16 on other GPUs, float32 elsewhere."""
+    device: Any = jax.devices()[0]
+    match device.platform:
+        case "cpu":
+            return "float32"
+        case "gpu" if re.fullmatch(r"[0-7]\.\d", device.compute_capability):
+            return "float16"
+        case _:
+            return "bfloat16"
+
+
+def computing_in(config: Any, dtype: Dtype) -> Any:
+    """A config whose networks, however deep they lie in it, compute in dtype."""
+    changes: dict[str, Any] = {
+        entry.name: dtype if entry.name == "dtype" else computing_in(getattr(config, entry.name), dtype)
+        for entry in fields(config)
+        if entry.name == "dtype" or is_dataclass(getattr(config, entry.name))
+    }
+    return replace(config, **changes)
+
+
+def _in_dtype(cascade: Cascade, dtype: Dtype) -> Cascade:
+    def cast(network: Network | None) -> Network | None:
+        return None if network is None else _computing(network, dtype)
+
+    return cascade._replace(
+        clip=_computing(cascade.clip, dtype),
+        prior=cast(cascade.prior),
+        decoder=_computing(cascade.decoder, dtype),
+        upsamplers=tuple(_computing(network, dtype) for network in cascade.upsamplers),
+        ar_prior=cast(cascade.ar_prior),
+        inpaint=cast(cascade.inpaint),
+    )
+
+
+def _computing(network: Network, dtype: Dtype) -> Network:
+    """A network with its parameters and compute in dtype."""
+    params = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.dtype(dtype)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
+        network.params,
+    )
+    return network._replace(config=computing_in(network.config, dtype), params=params)
+
+
+def _sources(source: Source | Iterable[Source]) -> Iterable[Source]:
+    if not isinstance(source, str):
+        return [source] if isinstance(source, Path) else list(source)
+    return [source] if Path(source).exists() else source.split(",")
+
+
+def _local(source: Source) -> Path:
+    """The folder of a source, fetched where a string names a repository."""
+    if isinstance(source, str) and "/" in source and not Path(source).exists():
+        from unclip_jax.interop.hub import is_repository, snapshot
+
+        if is_repository(source):
+            return snapshot(source).folder
+    return Path(source)
+
+
+def _load_folder(folder: Path) -> Cascade:
+    """The cascade of a folder of weights files of ours."""
     clip = load_clip(folder)
     prior = load_checked(folder / "prior.safetensors", PriorConfig, clip)
     ar_path = folder / "ar_prior.safetensors"
@@ -153,7 +269,7 @@ def load_cascade(folder: str | Path = SHIPPED) -> Cascade:
     found = [load_checked(path, UpsamplerConfig) for path in folder.glob("upsampler_*.safetensors")]
     upsamplers = sorted(found, key=lambda network: network.config.network.size)  # type: ignore[union-attr]
     words = tuple(clip.extra.get("words", ()))
-    cascade = Cascade(tokenizer_from(clip), clip, prior, decoder, tuple(upsamplers), words, ar_prior, inpaint)
+    cascade = Cascade(_tokenizer(clip, folder), clip, prior, decoder, tuple(upsamplers), words, ar_prior, inpaint)
     check_cascade(cascade, str(folder))
     return cascade
 

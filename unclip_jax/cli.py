@@ -8,6 +8,7 @@ from pathlib import Path
 from textwrap import fill
 
 from unclip_jax import __version__, edit_command, paint_command, sample_command
+from unclip_jax.interop import commands as interop_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,14 +42,15 @@ def _parser() -> argparse.ArgumentParser:
     sample_command.add_parsers(commands)
     edit_command.add_parsers(commands)
     paint_command.add_parsers(commands)
+    interop_command.add_parsers(commands)
 
     vocabulary = commands.add_parser("vocabulary", help="list the words that a cascade was trained on")
-    sample_command.weights(vocabulary)
+    sample_command.weights(vocabulary, chosen=False)
     vocabulary.set_defaults(run=_vocabulary)
 
     evaluate = commands.add_parser("evaluate", help="measure a cascade on held-out scenes")
     evaluate.add_argument("what", choices=("scenes", "ranking", "edits", "clip", "prior", "upsamplers", "painting"))
-    sample_command.weights(evaluate)
+    sample_command.weights(evaluate, chosen=False)
     evaluate.add_argument(
         "--n",
         type=int,

@@ -29,15 +29,17 @@ from unclip_jax.inputs import (
     DECODER,
     RECOMMENDED,
     Options,
+    Sampler,
     Text,
     embed_images,
     picture_keys,
+    sampler_step,
     stage_keys,
     table_of,
 )
 from unclip_jax.pictures import square
 from unclip_jax.priors import prior_embeddings
-from unclip_jax.stages import to_model, to_pixels
+from unclip_jax.stages import to_model
 from unclip_jax.types import Denoise, Keys, Params
 
 STEPS = 50  # up and down again: 42 dB on held-out renders
@@ -76,12 +78,22 @@ def variations(
     options: Options = RECOMMENDED,
     progress: Progress = lambda stage: None,
 ) -> UInt8[np.ndarray, "n s s 3"]:
-    """Pictures that share a picture's meaning, variation i of seed + i; eta 0 draws the picture itself, 1 is freest."""
+    """Pictures that share a picture's meaning, variation i of seed + i; eta 0 draws the picture itself, 1 is freest.
+
+    At eta 1 an `ancestral` cascade inverts nothing: noise is fresh, settings are its own. So are Karlo's variations.
+    """
     _check(cascade, options, n, seed, n)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must lie between 0, which reconstructs, and 1, not {eta}")
-    latent = invert_pictures(cascade, [picture], [prompt], options, progress)
-    return draw(cascade, picture_keys(seed, n), latent.rows([0] * n), options, progress, eta)
+    keys = picture_keys(seed, n)
+    if eta < 1 or not cascade.ancestral:
+        latent = invert_pictures(cascade, [picture], [prompt], options, progress)
+        return draw(cascade, keys, latent.rows([0] * n), options, progress, eta)
+    progress("CLIP")
+    embedding = np.repeat(embed_pictures(cascade, [picture]), n, axis=0)
+    latent = Latent(embedding, _noise(cascade, keys), *_captions(cascade, [prompt] * n))
+    options = options._replace(steps=options.steps or cascade.decoder.config.sample.steps)
+    return draw(cascade, keys, latent, options, progress, eta, inverted=False, sampler="ddpm")
 
 
 def interpolate(
@@ -165,7 +177,8 @@ def probe(
     coefficients = (embedding - basis.mean) @ basis.components
     rebuilt = np.stack([basis.mean + basis.components[:, :k] @ coefficients[:k] for k in components])
     keys, rows = _one_key(seed, len(components)), len(components)
-    latent = Latent(_unit(rebuilt), _noise(cascade, keys), *_captions(cascade, [""] * rows))
+    unit_length = cascade.clip.config.network.unit_length  # type: ignore[union-attr]
+    latent = Latent(_unit(rebuilt) if unit_length else rebuilt, _noise(cascade, keys), *_captions(cascade, [""] * rows))
     return draw(cascade, keys, latent, options, progress, inverted=False)
 
 
@@ -260,6 +273,7 @@ def draw(
     progress: Progress = lambda stage: None,
     eta: float = 0.0,
     inverted: bool = True,
+    sampler: Sampler = "ddim",
 ) -> UInt8[np.ndarray, "b s s 3"]:
     """The tail of every edit: pictures of latents at the chosen size.
 
@@ -270,9 +284,8 @@ def draw(
     guidance = (1.0 if inverted else config.sample.guidance) if options.guidance is None else options.guidance
     settings = None if guidance == 1 else np.float32(guidance), np.float32(eta), np.float32(inverted * (1 - eta))
     table = table_of(config, options.steps or STEPS)
-    down = partial(redraw, config, cascade.decoder.params, table, null_text(cascade), *settings)
-    small = _in_buckets(down, keys, latent)
-    return finish(cascade, keys, jnp.asarray(small), check(cascade, options), progress)
+    down = partial(redraw, config, sampler, cascade.decoder.params, table, null_text(cascade), *settings)
+    return finish(cascade, keys, _in_buckets(down, keys, latent), check(cascade, options), progress)
 
 
 def embed_pictures(cascade: Cascade, pictures: Sequence[Picture]) -> Float[np.ndarray, "b z"]:
@@ -302,9 +315,10 @@ def invert(
     return samplers.invert(make_schedule(config.diffusion), denoise, keys, to_model(picture), table)
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def redraw(
     config: TrainConfig,
+    sampler: Sampler,
     params: Params,
     table: StepTable,
     null: Text | None,
@@ -313,16 +327,16 @@ def redraw(
     limit: Float[Array, ""],
     keys: Keys,
     latent: Latent,
-) -> UInt8[Array, "b h w 3"]:
-    """Pictures at the decoder's size, by DDIM from latents; without guidance, at eta 0 and limit 1 it undoes `invert`.
+) -> Float[Array, "b h w 3"]:
+    """Pictures in [-1, 1] at the decoder's size; DDIM without guidance, at eta 0 and limit 1, undoes `invert`.
 
     limit: share of guidance.limit_noise, 0 where x_T is noise.
     """
     scale = None if guidance is None else jnp.broadcast_to(guidance, (len(keys),))
     embedding, noise, text, told = jax.tree.map(jnp.asarray, latent)
     denoise = _denoiser(config, params, embedding, text, told, scale, limit, null)
-    own = stage_keys(keys, DECODER)
-    return to_pixels(samplers.run(samplers.ddim(make_schedule(config.diffusion), eta), denoise, own, noise, table))
+    step = sampler_step(sampler, make_schedule(config.diffusion), config.diffusion, eta)
+    return jnp.clip(samplers.run(step, denoise, stage_keys(keys, DECODER), noise, table), -1, 1)
 
 
 def _denoiser(
@@ -335,8 +349,7 @@ def _denoiser(
     share: Array,
     null: Text | None = None,
 ) -> Denoise:
-    rescale = jnp.zeros((), jnp.float32)
-    denoise = guided_decoder(config, params, embedding, text, guidance, rescale, told, null=null)
+    denoise = guided_decoder(config, params, embedding, text, guidance, jnp.zeros(()), told, null=null)
     return limit_noise(make_schedule(config.diffusion), denoise, share)
 
 
@@ -344,9 +357,8 @@ def _prompt_latents(
     cascade: Cascade, prompts: Sequence[str], seed: int, options: Options, progress: Progress
 ) -> Latent:
     progress("prior")
+    prior, keys = cascade.chosen_prior(options.prior), _one_key(seed, len(prompts))
     text, null = encode_prompts(cascade, prompts), encode_prompts(cascade, [""])
-    keys = _one_key(seed, len(prompts))
-    prior = cascade.chosen_prior(options.prior)
     embedding = _in_buckets(lambda k, t: prior_embeddings(prior, k, t, null, options), keys, text)
     return Latent(embedding, _noise(cascade, keys), *_captions(cascade, [""] * len(prompts)))
 

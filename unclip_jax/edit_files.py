@@ -126,7 +126,10 @@ def _about(cascade: Cascade, options: Namespace, size: int, sources: list[Path])
     """What the files say of themselves."""
     names = ("fit", "n", "eta", "frames", "theta", "components", "prior")
     settings = {name: vars(options)[name] for name in names if name in options}
-    settings |= {"size": size, "steps": options.steps or STEPS, "guidance": options.guidance}
+    free = options.command == "variations" and options.eta == 1 and cascade.ancestral
+    advice = cascade.decoder.config.sample
+    settings |= {"size": size, "steps": options.steps or (advice.steps if free else STEPS)}
+    settings |= {"guidance": advice.guidance if free and options.guidance is None else options.guidance}
     said = {"edit": options.command, "seed": str(options.seed), "weights": cascade.digest}
     said |= {"prompt": " | ".join(_prompts(options))[:MOST_CHARACTERS]}
     said |= {"source": " | ".join(plain(path.name) for path in sources)}

@@ -5,6 +5,9 @@
     decode        image embedding and text -> 64 px picture
     upsample      small picture -> 256 px -> 1024 px
 
+Between stages pictures are floats in [-1, 1], as a published cascade was trained to hand them over; `finish` alone
+rounds to bytes.
+
 Parameters are arguments of the compiled functions, and so are guidance, step tables and seeds: another prompt, scale or
 number of steps is other data and no other program.
 """
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
-from unclip_jax.cascade import Cascade
+from unclip_jax.cascade import SHIPPED, Cascade
 from unclip_jax.config import ClipConfig, DecoderConfig, SampleConfig, TrainConfig, UpsamplerConfig
 from unclip_jax.diffusion import gaussian, samplers
 from unclip_jax.diffusion.guidance import classifier_free, score_guided
@@ -104,8 +107,8 @@ def decode(
     clip: ClipConfig | None = None,
     clip_guidance: ClipGuidance | None = None,
     null: Text | None = None,
-) -> UInt8[Array, "b h w 3"]:
-    """Pictures at the decoder's size from image embeddings and captions; start is x_T, None: noise of the keys."""
+) -> Float[Array, "b h w 3"]:
+    """Pictures in [-1, 1] at the decoder's size from embeddings and captions; start is x_T, None: noise of the keys."""
     assert isinstance(config.network, DecoderConfig)
     beside = _beside(config.network, known)
     denoise = guided_decoder(config, params, embedding, text, guidance, rescale, beside=beside, null=null)
@@ -116,7 +119,7 @@ def decode(
     own, side = stage_keys(keys, DECODER), config.network.size
     x = samplers.initial_noise(own, (side, side, 3)) if start is None else start
     step = _keeping(sampler_step(sampler, make_schedule(config.diffusion), config.diffusion, eta), config, known)
-    return to_pixels(samplers.run(step, denoise, own, x, table))
+    return jnp.clip(samplers.run(step, denoise, own, x, table), -1, 1)
 
 
 def _beside(network: DecoderConfig, known: Known | None) -> Float[Array, "b h w 4"] | None:
@@ -139,16 +142,16 @@ def upsample(
     sampler: Sampler,
     params: Params,
     keys: Keys,
-    low: UInt8[Array, "b k k 3"],
+    low: Float[Array, "b k k 3"] | UInt8[Array, "b k k 3"],
     table: StepTable,
     eta: Float[Array, ""],
     known: Known | None = None,
-) -> UInt8[Array, "b h w 3"]:
-    """Pictures at the upsampler's size."""
+) -> Float[Array, "b h w 3"]:
+    """Pictures in [-1, 1] at the upsampler's size, from smaller ones in [-1, 1] or in bytes."""
     assert isinstance(config.network, UpsamplerConfig)
     upsampler, schedule = Upsampler(config.network), make_schedule(config.diffusion)
     size = config.network.size
-    resized = resize_low(to_model(low), size)
+    resized = resize_low(to_model(low) if low.dtype == jnp.uint8 else low, size)
 
     def apply(x: Array, t: Array) -> Any:
         return upsampler.apply({"params": params}, x, t, resized)
@@ -157,7 +160,7 @@ def upsample(
     own = stage_keys(keys, UPSAMPLER + size)
     x = samplers.initial_noise(own, (size, size, 3))
     step = _keeping(sampler_step(sampler, schedule, config.diffusion, eta), config, known)
-    return to_pixels(samplers.run(step, denoise, own, x, table))
+    return jnp.clip(samplers.run(step, denoise, own, x, table), -1, 1)
 
 
 def check(cascade: Cascade, options: Options) -> int:
@@ -165,8 +168,10 @@ def check(cascade: Cascade, options: Options) -> int:
     size = cascade.sizes[-1] if options.size is None else options.size
     if size not in cascade.sizes:
         known = ", ".join(map(str, cascade.sizes))
-        raise ValueError(f"this cascade makes pictures of {known} px, not {size}")
-    prior = cascade.chosen_prior(options.prior)
+        raise ValueError(f"this cascade makes pictures of {known} px, not {size}{_offer(cascade, size)}")
+    # Edits of pictures need no diffusion prior, and Karlo's image variations have none.
+    without = options.prior == "diffusion" and cascade.prior is None
+    prior = cascade.decoder if without else cascade.chosen_prior(options.prior)
     if options.prior == "ar" and options.prior_steps is not None:
         raise ValueError("the autoregressive prior has no steps to choose: leave prior steps out")
     if options.prior == "diffusion" and options.prior_temperature is not None:
@@ -192,6 +197,14 @@ def check(cascade: Cascade, options: Options) -> int:
     if options.rank_from > 1 or options.clip_guidance:
         cascade.require_image_tower()
     return size
+
+
+def _offer(cascade: Cascade, size: int) -> str:
+    """How a cascade that ends at a smaller size gets to this one, where an upsampler that ships is made for that."""
+    path = SHIPPED / f"upsampler_{size}.safetensors"
+    if size != 4 * cascade.sizes[-1] or not path.exists():
+        return ""
+    return f": --upsampler '{path}' (load_cascade's upsampler) appends the stage that enlarges {size // 4} px to {size}"
 
 
 def check_seeds(first: int, last: int) -> None:
@@ -227,6 +240,7 @@ def generate_ranked(
 ) -> tuple[UInt8[np.ndarray, "b h w 3"], Float[np.ndarray, "b n"] | None]:
     """As generate, and CLIP's scores of all candidates, of which the highest was kept; None where n is 1."""
     size = check(cascade, options)
+    cascade.chosen_prior(options.prior)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     seeds = list(range(seeds, seeds + len(prompts)) if isinstance(seeds, int) else seeds)
     if not prompts or len(seeds) != len(prompts):
@@ -238,7 +252,7 @@ def generate_ranked(
         kept = None if known is None else known.rows(part)
         drawn = draw_candidates(cascade, prompts[part], seeds[part], options, progress, kept)
         best, keys = chosen(drawn)
-        pictures.append(finish(cascade, keys, jnp.asarray(best), size, progress, kept))
+        pictures.append(finish(cascade, keys, best, size, progress, kept))
         scores.append(drawn.scores)
     return np.concatenate(pictures), None if options.rank_from == 1 else np.concatenate(scores)
 
@@ -277,7 +291,7 @@ def _draw_batch(
     options: Options,
     progress: Callable[[str], None],
     known: Known | None,
-) -> tuple[UInt8[np.ndarray, "b h w 3"], Float[np.ndarray, " b"]]:
+) -> tuple[Float[np.ndarray, "b h w 3"], Float[np.ndarray, " b"]]:
     count = len(prompts)
     padding = next(bucket for bucket in BUCKETS if bucket >= count) - count
     keys = jnp.concatenate([keys, picture_keys(0, padding)])
@@ -290,7 +304,7 @@ def _draw_batch(
     pictures = jax.block_until_ready(decode_embeddings(cascade, keys, embedding, text, options, known))
     if options.rank_from == 1:
         return np.asarray(pictures)[:count], np.zeros(count, np.float32)
-    scores = clip_scores(cascade.clip.config, cascade.clip.params, pictures, text.embedding)
+    scores = clip_scores(cascade.clip.config, cascade.clip.params, to_pixels(pictures), text.embedding)
     return np.asarray(pictures)[:count], np.asarray(scores)[:count]
 
 
@@ -314,8 +328,8 @@ def decode_embeddings(
     text: Text,
     options: Options,
     known: Known | None = None,
-) -> UInt8[Array, "b h w 3"]:
-    """The decoder's pictures at the recommended or the chosen settings; of `known`, at any size, a part stays."""
+) -> Float[Array, "b h w 3"]:
+    """The decoder's pictures in [-1, 1] at recommended or chosen settings; of `known`, at any size, a part stays."""
     network = cascade.decoder
     advice: SampleConfig = network.config.sample
     guidance = advice.guidance if options.guidance is None else options.guidance
@@ -340,12 +354,15 @@ def decode_embeddings(
 def finish(
     cascade: Cascade,
     keys: Keys,
-    pictures: Array,
+    pictures: Float[np.ndarray, "b k k 3"] | UInt8[np.ndarray, "b k k 3"],
     size: int,
     progress: Callable[[str], None] = lambda stage: None,
     known: Known | None = None,
 ) -> UInt8[np.ndarray, "b h w 3"]:
-    """The tail that every generation and every edit shares: upsamplers in turn until `size` is reached."""
+    """The tail that every generation and every edit shares: upsamplers in turn until `size` is reached, then bytes.
+
+    pictures: at the decoder's size, in [-1, 1] or in bytes.
+    """
     for network, side in zip(cascade.upsamplers, cascade.sizes[1:], strict=True):
         if pictures.shape[1] >= size:
             break
@@ -358,6 +375,7 @@ def finish(
             one = slice(row, row + 1)
             kept = None if known is None else known.rows(one).at(side)
             eta = np.float32(advice.eta)
-            larger.append(jax.block_until_ready(enlarge(keys[one], pictures[one], table, eta, kept)))
-        pictures = jnp.concatenate(larger)
-    return np.asarray(pictures)
+            drawn = enlarge(keys[one], jnp.asarray(pictures[one]), table, eta, kept)
+            larger.append(np.asarray(drawn if side < size else to_pixels(drawn)))
+        pictures = np.concatenate(larger)
+    return pictures if pictures.dtype == np.uint8 else np.asarray(to_pixels(jnp.asarray(pictures)))

@@ -17,7 +17,7 @@ from unclip_jax.config import ClipConfig, TrainConfig
 from unclip_jax.diffusion.guidance import Score
 from unclip_jax.models.clip import Clip, normalise
 from unclip_jax.models.upsampler import resize_low
-from unclip_jax.stages import encode_image
+from unclip_jax.stages import encode_image, to_pixels
 from unclip_jax.types import Keys, Params
 
 RANK = 2**31  # what a picture's key is folded with for its further candidates; no stage folds with it
@@ -26,12 +26,18 @@ RANK = 2**31  # what a picture's key is folded with for its further candidates; 
 class Candidates(NamedTuple):
     """Every picture's candidates at the decoder's size: pictures and keys, and CLIP's cosine of picture and prompt.
 
-    scores: None where there is one candidate and nothing to choose.
+    drawn: in [-1, 1], as upsamplers read them. scores: None where there is one candidate and nothing to choose.
     """
 
-    pictures: UInt8[np.ndarray, "b n h w 3"]
+    drawn: Float[np.ndarray, "b n h w 3"]
     keys: Key[Array, "b n"]
     scores: Float[np.ndarray, "b n"] | None
+
+    @property
+    def pictures(self) -> UInt8[np.ndarray, "b n h w 3"]:
+        """The candidates in bytes, as CLIP reads them."""
+        rows = self.drawn.reshape(-1, *self.drawn.shape[2:])
+        return np.asarray(to_pixels(jnp.asarray(rows))).reshape(self.drawn.shape)
 
 
 class ClipGuidance(NamedTuple):
@@ -67,12 +73,12 @@ def best_of(scores: Float[np.ndarray, "b n"], count: int) -> Int[np.ndarray, " b
     return np.argmax(scores[:, :count], axis=1)
 
 
-def chosen(candidates: Candidates) -> tuple[UInt8[np.ndarray, "b h w 3"], Keys]:
-    """The best picture of each prompt, and its key."""
-    pictures, keys, scores = candidates
-    place = np.zeros(len(pictures), int) if scores is None else best_of(scores, scores.shape[1])
-    rows = np.arange(len(pictures))
-    return pictures[rows, place], keys[rows, place]
+def chosen(candidates: Candidates) -> tuple[Float[np.ndarray, "b h w 3"], Keys]:
+    """The best picture of each prompt in [-1, 1], and its key."""
+    drawn, keys, scores = candidates
+    place = np.zeros(len(drawn), int) if scores is None else best_of(scores, scores.shape[1])
+    rows = np.arange(len(drawn))
+    return drawn[rows, place], keys[rows, place]
 
 
 def picture_score(config: ClipConfig, params: Params, text: Float[Array, "b z"]) -> Score:

@@ -14,6 +14,7 @@ from unclip_jax.cascade import SHIPPED, Cascade, load_cascade
 from unclip_jax.generate import check, check_seeds, generate_ranked
 from unclip_jax.inputs import BUCKETS, Options, options_of
 from unclip_jax.output import Progress, check_writable, destinations, draw_and_save, warn
+from unclip_jax.sample_command import PRESETS
 
 MOST_PICTURES = 10_000
 MOST_CHARACTERS = 10_000  # of a prompt; the tokenizer reads no further
@@ -60,7 +61,14 @@ def picture_places(options: argparse.Namespace, prompt: str) -> tuple[list[Path]
 
 def open_cascade(options: argparse.Namespace) -> tuple[Cascade, Options]:
     """The cascade and the checked options of a call."""
-    cascade, chosen = load_cascade(options.weights or SHIPPED), options_of(vars(options))
+    if options.preset and options.steps is not None:
+        raise ValueError("--preset chooses the steps of the decoder: leave out --steps, or the preset")
+    cascade = load_cascade(options.weights or SHIPPED, options.dtype, options.upsampler)
+    if options.preset:
+        if not cascade.decoder.config.network.empty_null_text:  # type: ignore[union-attr]
+            raise ValueError("presets are of cascades like Karlo: choose --steps for this one")
+        options.steps = PRESETS[options.preset]
+    chosen = options_of(vars(options))
     check(cascade, chosen)
     return cascade, chosen
 

@@ -2,6 +2,9 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
+
+PRESETS = {"fast": 25, "default": 50}  # decoder steps
 
 
 def add_parsers(commands: argparse._SubParsersAction) -> None:
@@ -43,9 +46,28 @@ def ranking(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank-from", type=int, default=1, help="keep CLIP's favourite of so many (default 1)")
 
 
-def weights(parser: argparse.ArgumentParser) -> None:
-    """Which cascade is used."""
-    parser.add_argument("--weights", type=Path, help="folder of a cascade (default: the one that ships)")
+def weights(parser: argparse.ArgumentParser, chosen: bool = True) -> None:
+    """Which cascade is used and, where that is `chosen` too, how it computes and what is appended to it."""
+    what = "folder of a cascade, or owner/name of one on the hub; parts of one may be given in turn (default: ships)"
+    parser.add_argument("--weights", action=_Joined, help=what)
+    if not chosen:
+        return
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of parameters and compute (auto: what the device is fast in for published weights, float32 for ours)",
+    )
+    parser.add_argument("--upsampler", type=Path, metavar="FILE", help="append an upsampler_<size>.safetensors of ours")
+    parser.add_argument("--preset", choices=PRESETS, help="Karlo's: 25 decoder steps, or 50")
+
+
+class _Joined(argparse.Action):
+    """What an option says each time, with commas between."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is None else f"{before},{values}")
 
 
 def out(parser: argparse.ArgumentParser, kinds: str = "a .png path, or a folder") -> None:

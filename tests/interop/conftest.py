@@ -1,5 +1,7 @@
+import json
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -97,3 +99,78 @@ def fill() -> Callable[..., dict[str, Any]]:
         return load_params(entries, TensorSource(Path("oracle"), tensors), shapes)
 
     return filled
+
+
+class TinyKarlo(NamedTuple):
+    """A tiny Karlo in the published layout: both repositories' folders, and both pipelines as diffusers loads them."""
+
+    text: Path
+    picture: Path
+    text_pipeline: Any
+    picture_pipeline: Any
+
+
+@pytest.fixture(scope="session")
+def tiny_karlo(oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> TinyKarlo:
+    """Contexts of 11 tokens, pictures of 16 and 32 px, embeddings of 24."""
+    import diffusers.pipelines
+    import transformers
+    from diffusers.pipelines.deprecated import unclip
+
+    from unclip_jax.data.tokenizer import ClipTokenizer
+    from unclip_jax.interop.clip_tokenizer import save_tokenizer
+
+    root = tmp_path_factory.mktemp("karlo")
+    size = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "projection_dim": 24}
+    text = transformers.CLIPTextConfig(
+        **size, hidden_size=24, vocab_size=49408, max_position_embeddings=11, eos_token_id=2
+    )
+    vision = transformers.CLIPVisionConfig(**size, hidden_size=32, image_size=32, patch_size=8)
+    towers = {
+        "text_encoder": transformers.CLIPTextModelWithProjection(text),
+        "image_encoder": transformers.CLIPVisionModelWithProjection(vision),
+    }
+    for tower in towers.values():
+        for tensor in tower.eval().parameters():
+            tensor.data += (0.2 if tensor.ndim == 1 else 0.05) * oracle.torch.randn_like(tensor)
+    last = oracle.upsampler((32,), sample_size=32)
+    for tensor in last.parameters():
+        tensor.data += 0.05 * oracle.torch.randn_like(tensor)
+    last.register_to_config(sample_size=None)  # as published
+
+    save_tokenizer(ClipTokenizer(11), root / "tokenizer")
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        file = root / "tokenizer" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": "!"}))
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(root / "tokenizer")
+    prior_scheduler = oracle.scheduler(prediction_type="sample", clip_sample_range=5.0)
+    shared = towers | {
+        "tokenizer": tokenizer,
+        "prior": oracle.prior(),
+        "text_proj": oracle.projections(),
+        "decoder": oracle.decoder((32,), (True,)),
+        "super_res_first": oracle.upsampler((32,), sample_size=32),
+        "super_res_last": last,
+        "prior_scheduler": prior_scheduler,
+        "decoder_scheduler": oracle.scheduler(variance_type="learned_range"),
+        "super_res_scheduler": oracle.scheduler(),
+        "feature_extractor": transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32),
+    }
+    only_text, only_picture = ("prior", "prior_scheduler"), ("image_encoder", "feature_extractor")
+    diffusers.pipelines.unclip = unclip  # without which no published folder loads (diffusers 0.42)
+    loaded = []
+    for name, kind, absent in (
+        ("text", unclip.UnCLIPPipeline, only_picture),
+        ("picture", unclip.UnCLIPImageVariationPipeline, only_text),
+    ):
+        kind(**{key: part for key, part in shared.items() if key not in absent}).save_pretrained(root / name)
+        index = json.loads((root / name / "model_index.json").read_text())
+        index["text_proj"] = ["unclip", "UnCLIPTextProjModel"]
+        (root / name / "model_index.json").write_text(json.dumps(index))
+        for file in (root / name / "tokenizer").iterdir():
+            file.unlink()
+        for file in (root / "tokenizer").iterdir():
+            (root / name / "tokenizer" / file.name).write_bytes(file.read_bytes())
+        loaded.append(kind.from_pretrained(root / name))
+        loaded[-1].set_progress_bar_config(disable=True)
+    return TinyKarlo(root / "text", root / "picture", *loaded)

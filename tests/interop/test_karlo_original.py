@@ -1,12 +1,19 @@
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+from unclip_jax.cascade import load_cascade
 from unclip_jax.checkpoint.schema import CheckpointError
-from unclip_jax.config import DecoderConfig, PriorConfig, UNetConfig, UpsamplerConfig
+from unclip_jax.cli import main
+from unclip_jax.config import DecoderConfig, PriorConfig, TrainConfig, UNetConfig, UpsamplerConfig
+from unclip_jax.interop.clip import clip_folder
+from unclip_jax.interop.folder import load_folders
+from unclip_jax.interop.importing import original_cascade, save_cascade
 from unclip_jax.interop.karlo import decoder_config, prior_config, upsampler_config
 from unclip_jax.interop.karlo_names import decoder_entries, prior_entries, whitening_entries
 from unclip_jax.interop.karlo_original import original_decoder, original_prior, original_upsampler
@@ -217,3 +224,96 @@ def test_queries_of_the_full_size():
     view = original_prior(source({name: fused}), source({"0": np.zeros(768), "1": np.ones(768)}), config)
     keys = view.read("transformer_blocks.7.attn1.to_k.bias")
     assert keys[:65].tolist() == [*range(64, 128), 192 + 64]
+
+
+@pytest.fixture(scope="module")
+def models(tiny_karlo, oracle) -> dict[str, Any]:
+    last = oracle.upsampler(sample_size=32)
+    for tensor in last.parameters():
+        tensor.data += 1
+    networks = {"decoder": oracle.decoder(), "super_res_first": oracle.upsampler(sample_size=32)}
+    pipeline = tiny_karlo.text_pipeline
+    return networks | {"super_res_last": last, "prior": pipeline.prior, "text_proj": pipeline.text_proj}
+
+
+@pytest.fixture(scope="module")
+def published(tiny_karlo, models, tmp_path_factory):
+    """The tiny Karlo with two levels in its U-Nets."""
+    folder = shutil.copytree(tiny_karlo.text, tmp_path_factory.mktemp("published") / "karlo")
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+    return load_folders([folder, tiny_karlo.picture])
+
+
+@pytest.fixture(scope="module")
+def originals(models, oracle, published, tmp_path_factory) -> tuple[Path, Path]:
+    """A folder of original checkpoints of the same, and its CLIP's in Hugging Face's layout."""
+    root = tmp_path_factory.mktemp("originals")
+    clip_folder(published.clip.params, published.clip.config.network, root / "clip", published.tokenizer)
+    folder = root / "karlo"
+    folder.mkdir()
+
+    def save(name: str, tensors: Mapping[str, np.ndarray]) -> None:
+        weights = {key: oracle.torch.from_numpy(np.array(tensor)) for key, tensor in tensors.items()}
+        oracle.torch.save({"state_dict": weights, "global_step": 7}, folder / name)
+
+    tensors = oracle.tensors(models["prior"])
+    blocks = {f"transformer_blocks.{layer}": f"transformer.resblocks.{layer}" for layer in range(2)}
+    statistics = tuple(oracle.torch.from_numpy(tensors.pop(name)[0]) for name in ("clip_mean", "clip_std"))
+    oracle.torch.save(statistics, folder / "ViT-L-14_stats.th")
+    network = original(tensors, PRIOR, blocks, PRIOR_BLOCK, 16, False)
+    save("prior-ckpt-step=01000000-of-01000000.ckpt", prefixed("model.", network))
+    network = original(oracle.tensors(models["decoder"]), UNET, DECODER_BLOCKS, UNET_BLOCK, 16, True)
+    network |= original(oracle.tensors(models["text_proj"]), PROJECTIONS, {}, {}, 16, False)
+    save("decoder-ckpt-step=01000000-of-01000000.ckpt", prefixed("model.", network))
+    both = {}
+    for prefix, model in (("model_first_steps.", "super_res_first"), ("model_last_step.", "super_res_last")):
+        tensors = oracle.tensors(models[model])
+        both |= prefixed(prefix, original(tensors, UNET, UPSAMPLER_BLOCKS, UNET_BLOCK, 16, True))
+    save("improved-sr-ckpt-step=1.2M.ckpt", both)
+    return folder, root / "clip"
+
+
+def test_a_folder_of_originals_becomes_the_cascade_of_the_published_one(originals, published, tmp_path):
+    folder, clip = originals
+    of_a_name = {"karlo_prior": published.prior, "karlo_decoder": published.decoder}
+    of_a_name["karlo_up256"] = published.upsamplers[0]
+
+    def configs(name: str) -> TrainConfig:
+        return of_a_name[name].config
+
+    save_cascade(original_cascade(folder, clip, configs), tmp_path / "ours", "auto", {})
+    cascade = load_cascade(tmp_path / "ours")
+    for ours, theirs in (
+        (cascade.clip, published.clip),
+        (cascade.prior, published.prior),
+        (cascade.decoder, published.decoder),
+        (cascade.upsamplers[0], published.upsamplers[0]),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, dict(ours.params), dict(theirs.params))
+        jax.tree.map(np.testing.assert_array_equal, ours.constants, theirs.constants)
+        assert (ours.config.network, ours.config.diffusion) == (theirs.config.network, theirs.config.diffusion)
+
+
+def test_originals_by_command(originals, tmp_path, capsys):
+    folder, clip = originals
+    assert main(["inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    for kind in (
+        "original prior",
+        "original decoder",
+        "original upsamplers",
+        "whitening statistics",
+        "yes, with a CLIP",
+    ):
+        assert kind in shown
+    assert main(["import", str(folder), "--out", str(tmp_path / "out")]) == 1
+    assert "--clip" in capsys.readouterr().err
+    # The tiny networks are not of Karlo's published size, which is what a folder of originals has to be.
+    assert main(["import", str(folder), "--clip", str(clip), "--out", str(tmp_path / "out")]) == 1
+    assert "belongs to another network" in capsys.readouterr().err
+    (folder / "ViT-L-14_stats.th").rename(tmp_path / "aside")
+    assert main(["import", str(folder), "--clip", str(clip), "--out", str(tmp_path / "out")]) == 1
+    assert "has no ViT-L-14_stats.th" in capsys.readouterr().err
+    (tmp_path / "aside").rename(folder / "ViT-L-14_stats.th")
+    assert not list(tmp_path.iterdir())

@@ -2,20 +2,20 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from unclip_jax.checkpoint.schema import SCHEMA_VERSION, CheckpointError, from_json, to_json
 from unclip_jax.config import ClipConfig, Dtype, TrainConfig
+from unclip_jax.interop.sources import open_safetensors
+from unclip_jax.interop.writing import Tensor, host, replacing, save_file, write_failure
 from unclip_jax.types import Params
+
+__all__ = ["Network", "check_tree", "load_network", "save_network", "write_failure"]
 
 MAX_DEPTH = 64  # of the parameter tree: a hostile name must not nest without end
 SHOWN = 5  # names listed in an error
@@ -43,19 +43,20 @@ def save_network(
     params: Params,
     *,
     constants: Params | None = None,
-    dtype: Dtype = "bfloat16",
+    dtype: Dtype | Literal["auto"] = "bfloat16",
     clip: str | None = None,
     extra: dict[str, Any] | None = None,
 ) -> str:
     """Writes a network and returns its digest; the file appears whole or not at all.
 
-    Floating parameters are cast to `dtype`; constants (whitening statistics, tables) keep theirs. `clip` is the digest
-    of the CLIP that the network was trained on. Raises CheckpointError where the file cannot be written, and leaves an
-    earlier file as it was.
+    Floating parameters are cast to `dtype` (`auto` keeps theirs); constants (whitening statistics, tables) keep theirs.
+    `clip` is the digest of the CLIP that the network was trained on. One tensor at a time is copied, and each is made
+    twice: for the digest, which stands before them all, and for the file. Raises CheckpointError where the file cannot
+    be written, and leaves an earlier file as it was.
     """
     path = Path(path)
     tensors = {f"params/{name}": _cast(leaf, dtype) for name, leaf in _leaves(params)}
-    tensors |= {f"constants/{name}": np.array(jax.device_get(leaf)) for name, leaf in _leaves(constants or {})}
+    tensors |= {f"constants/{name}": _cast(leaf, "auto") for name, leaf in _leaves(constants or {})}
     digest = _digest(tensors)
     metadata = {
         "schema_version": str(SCHEMA_VERSION),
@@ -65,46 +66,35 @@ def save_network(
         "sha256": digest,
     }
     metadata["seal"] = _seal(metadata)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # the library would leave a file that only its owner can read
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
-        temporary.chmod(mode)
-        _sync(temporary)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(write_failure(path, error)) from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
     return digest[:12]
 
 
-def load_network(path: str | Path, *, expect: type | None = None) -> Network:
-    """Reads a network and verifies every byte of it.
+def load_network(path: str | Path, *, expect: type | None = None, verify: bool = True) -> Network:
+    """Opens a network and verifies every byte of it, or without `verify` its header alone.
 
-    `expect` is the class of the network's config that the caller can use. Parameters come as numpy arrays in the dtype
-    of the file. Raises CheckpointError for a file that is missing, damaged, no weights file, or of another network.
+    `expect` is the class of the network's config that the caller can use. Parameters come as read-only numpy arrays in
+    the dtype of the file, which is mapped into memory, not copied: replace it by another, as save_network does, but do
+    not write into it. Raises CheckpointError for a file that is missing, damaged, no weights file, or of another
+    network.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no weights file '{path}': check the path")
     try:
-        with safe_open(path, framework="np") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, TypeError, AttributeError, ValueError) as error:
+        tensors, metadata = open_safetensors(path)
+    except CheckpointError as error:
+        reason = str(error).removeprefix(f"'{path}' ").removesuffix(": fetch it again")
         raise CheckpointError(
-            f"'{path}' is not a whole safetensors file ({error}): it is truncated or damaged, fetch it again"
+            f"'{path}' is not a whole safetensors file ({reason}): it is truncated or damaged, fetch it again"
         ) from error
     if missing := {"schema_version", "config", "clip", "extra", "sha256", "seal"} - set(metadata):
         raise CheckpointError(
             f"'{path}' was not written by unclip_jax (its metadata lacks {', '.join(sorted(missing))}): "
             "import foreign weights first"
         )
-    if metadata["seal"] != _seal(metadata) or metadata["sha256"] != _digest(tensors):
+    if metadata["seal"] != _seal(metadata) or (verify and metadata["sha256"] != _digest(tensors)):
         raise CheckpointError(f"'{path}' is damaged (its bytes differ from those that were saved): fetch it again")
     try:
         config, extra = from_json(json.loads(metadata["config"])), json.loads(metadata["extra"])
@@ -144,13 +134,6 @@ def check_tree(expected_shapes: Any, tree: Any, name: str = "the checkpoint") ->
         raise CheckpointError(f"{name} {' and '.join(sentences)}: it belongs to another network or version")
 
 
-def write_failure(path: str | Path, error: Exception) -> str:
-    """One sentence for an error of writing, whether the library or the system reports it."""
-    if "No space left" in str(error) or "os error 28" in str(error):
-        return f"cannot save '{path}': the disk is full; free some space and save again (nothing saved before is lost)"
-    return f"cannot save '{path}': {error}; choose a folder that can be written"
-
-
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key in sorted(tree):
         value, name = tree[key], prefix + key
@@ -177,18 +160,19 @@ def _nest(tensors: dict[str, np.ndarray], path: Path) -> dict[str, Any]:
     return tree
 
 
-def _cast(leaf: Any, dtype: Dtype) -> np.ndarray:
-    array = np.array(jax.device_get(leaf))
-    return array.astype(jnp.dtype(dtype)) if jnp.issubdtype(array.dtype, jnp.floating) else array
+def _cast(leaf: Any, dtype: Dtype | Literal["auto"]) -> Tensor:
+    found = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
+    cast = dtype != "auto" and jnp.issubdtype(found.dtype, jnp.floating)
+    return Tensor(tuple(found.shape), np.dtype(dtype if cast else found.dtype), lambda: host(found))
 
 
-def _digest(tensors: dict[str, np.ndarray]) -> str:
+def _digest(tensors: Mapping[str, Any]) -> str:
     """sha256 over the sorted names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
-        digest.update(json.dumps([name, array.dtype.name, list(tensors[name].shape)]).encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
+        tensor = tensors[name]
+        digest.update(json.dumps([name, tensor.dtype.name, list(tensor.shape)]).encode())
+        digest.update(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
@@ -200,11 +184,3 @@ def _seal(metadata: dict[str, str]) -> str:
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

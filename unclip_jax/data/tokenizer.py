@@ -4,7 +4,7 @@ import gzip
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -56,6 +56,7 @@ def clip_vocabulary() -> dict[str, int]:
     return clip_encoding().get_vocab()
 
 
+@runtime_checkable
 class TextTokenizer(Protocol):
     """What turns prompts into ids for a cascade."""
 

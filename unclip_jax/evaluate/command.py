@@ -50,7 +50,7 @@ def command_line(options: Namespace) -> str:
     return shlex.join(words)
 
 
-def _evaluate(options: Namespace, folder: Path) -> tuple[Report, dict[str, str]]:
+def _evaluate(options: Namespace, folder: str | Path) -> tuple[Report, dict[str, str]]:
     """The report of one evaluation and the digests of the networks that it used."""
     match options.what:
         case "scenes":
@@ -88,9 +88,9 @@ def _evaluate(options: Namespace, folder: Path) -> tuple[Report, dict[str, str]]
                 raise ValueError("the autoregressive prior has no variances to compare: leave out --compare")
             clip = load_clip(folder)
             if options.prior == "ar":
-                prior = load_checked(folder / "ar_prior.safetensors", ArPriorConfig, clip)
+                prior = load_checked(Path(folder) / "ar_prior.safetensors", ArPriorConfig, clip)
             else:
-                prior = load_checked(folder / "prior.safetensors", PriorConfig, clip)
+                prior = load_checked(Path(folder) / "prior.safetensors", PriorConfig, clip)
             report = (compare_samplers if options.compare else prior_report)(
                 clip, prior, options.n or 4, options.seed, _sampling(options)
             )
@@ -99,7 +99,7 @@ def _evaluate(options: Namespace, folder: Path) -> tuple[Report, dict[str, str]]
             return _upsamplers(options, folder)
 
 
-def _scenes(options: Namespace, folder: Path) -> tuple[Report, dict[str, str]]:
+def _scenes(options: Namespace, folder: str | Path) -> tuple[Report, dict[str, str]]:
     from unclip_jax.evaluate.faithfulness import Faithfulness, faithfulness_report, truth_report
 
     count = options.n or 256
@@ -114,10 +114,10 @@ def _scenes(options: Namespace, folder: Path) -> tuple[Report, dict[str, str]]:
     return faithfulness_report(cascade, task), {"cascade": cascade.digest}
 
 
-def _upsamplers(options: Namespace, folder: Path) -> tuple[Report, dict[str, str]]:
+def _upsamplers(options: Namespace, folder: str | Path) -> tuple[Report, dict[str, str]]:
     from unclip_jax.evaluate.upsampling import upsampler_report
 
-    paths = sorted(folder.glob("upsampler_*.safetensors"))
+    paths = sorted(Path(folder).glob("upsampler_*.safetensors"))
     if not paths:
         raise CheckpointError(f"there is no upsampler_<size>.safetensors in '{folder}': check --weights")
     networks = {path.stem: load_checked(path, UpsamplerConfig) for path in paths}

@@ -17,6 +17,7 @@ from unclip_jax.evaluate.retrieval import embed_pictures
 from unclip_jax.evaluate.scenes import score, summary
 from unclip_jax.generate import check, decode_embeddings, encode_prompts, finish, generate
 from unclip_jax.inputs import RECOMMENDED, Options, picture_keys
+from unclip_jax.stages import to_pixels
 
 BATCH = 16
 THINGS, COLUMNS = ("identity", "relation", "background"), ("low", "high", "chance")  # of the scorer's summary
@@ -118,14 +119,14 @@ def _draw(
     keys = picture_keys(seed, len(captions))
     text = encode_prompts(cascade, captions)
     embedding = jnp.asarray(embed_pictures(cascade.clip, true))
-    return np.asarray(decode_embeddings(cascade, keys, embedding, text, options))
+    return np.asarray(to_pixels(decode_embeddings(cascade, keys, embedding, text, options)))
 
 
 def _enlarge(
     cascade: Cascade, task: Faithfulness, drawn: UInt8[np.ndarray, "b h w 3"], part: slice
 ) -> UInt8[np.ndarray, "b k k 3"]:
     keys = picture_keys(task.seed + part.start, len(drawn))
-    return finish(cascade, keys, jnp.asarray(drawn), cascade.sizes[-1])
+    return finish(cascade, keys, drawn, cascade.sizes[-1])
 
 
 def _reduced(pictures: UInt8[np.ndarray, "b h w 3"]) -> UInt8[np.ndarray, "b k k 3"]:

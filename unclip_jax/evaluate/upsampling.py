@@ -62,7 +62,7 @@ def upsampler_report(upsampler: Network, count: int = 32, seed: int = 0) -> Repo
         low = degrade(config.degradation, true, config.size // config.low_size, rng)[None]
         keys = picture_keys(seed + index, 1)
         drawn = upsample(upsampler.config, advice.sampler, upsampler.params, keys, low, steps, np.float32(advice.eta))
-        three = np.stack([np.asarray(bicubic(low, config.size))[0], np.asarray(drawn)[0], true])
+        three = np.stack([np.asarray(bicubic(low, config.size))[0], np.asarray(to_pixels(drawn))[0], true])
         scores.append(psnr(three[:2], true))
         if index < SHOWN:
             x, y, side = object_window(scene, config.size, min(config.size, TILE))

@@ -4,9 +4,7 @@ The layout is that of transformers' CLIPModel, and of the separate towers (CLIPT
 CLIPVisionModelWithProjection) that Karlo, Kandinsky and Stable unCLIP ship: OpenAI's models and OpenCLIP's conversions.
 """
 
-import json
 import math
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,16 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from unclip_jax.checkpoint.safetensors import write_failure
 from unclip_jax.checkpoint.schema import CheckpointError
 from unclip_jax.config import ClipConfig, TransformerConfig
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.interop.clip_pixels import channel_statistics, preprocessor
 from unclip_jax.interop.clip_tokenizer import HubTokenizer, save_tokenizer
-from unclip_jax.interop.names import Entry, conv, export, linear, norm
+from unclip_jax.interop.names import Entry, conv, linear, norm
+from unclip_jax.interop.writing import exported, replacing, save_file, write_json
 from unclip_jax.models.clip import Clip, ImageTower, TextTower
 from unclip_jax.types import Params
 
@@ -263,12 +259,11 @@ def _texts(config: ClipConfig) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, config.context_length), jnp.int32)
 
 
-def clip_tensors(params: Params, config: ClipConfig) -> dict[str, np.ndarray]:
-    """A CLIP's parameters under CLIPModel's names; a temperature beyond our cap is written as the cap."""
-    tensors = export(entries(config), params)
-    scale = tensors["logit_scale"]
-    if scale > math.log(config.max_logit_scale):
-        tensors["logit_scale"] = np.asarray(math.log(config.max_logit_scale), scale.dtype)
+def clip_tensors(params: Params, config: ClipConfig) -> dict[str, Any]:
+    """A CLIP's parameters under CLIPModel's names, to be saved; a temperature beyond our cap is written as the cap."""
+    tensors: dict[str, Any] = dict(exported(entries(config), params))
+    scale = np.asarray(tensors["logit_scale"])
+    tensors["logit_scale"] = np.minimum(scale, np.asarray(math.log(config.max_logit_scale), scale.dtype))
     return tensors
 
 
@@ -282,21 +277,9 @@ def clip_folder(
     folder cannot be written.
     """
     out, files = Path(out), {"config.json": hf_config(config), "preprocessor_config.json": preprocessor(config)}
-    weights = out / "model.safetensors"
-    temporary = out / f".{weights.name}.{os.getpid()}.tmp"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with replacing(out / "model.safetensors") as weights:
         if tokenizer is not None:
             save_tokenizer(tokenizer, out)
         for name, content in files.items():
-            (out / name).write_text(json.dumps(content, indent=2) + "\n")
-        temporary.touch()
-        mode = temporary.stat().st_mode  # the library would leave a file that only its owner can read
-        save_file(clip_tensors(params, config), temporary, metadata={"format": "pt"})
-        temporary.chmod(mode)
-        os.replace(temporary, weights)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(write_failure(out, error)) from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+            write_json(out / name, content)
+        save_file(clip_tensors(params, config), weights, metadata={"format": "pt"})

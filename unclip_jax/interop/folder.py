@@ -7,14 +7,14 @@ everything that our own cascade does works. Components may lie in any of the fol
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from unclip_jax.cascade import Cascade, check_cascade, check_widths
+from unclip_jax.cascade import PUBLISHED, Cascade, check_cascade, check_widths, computing_in
 from unclip_jax.checkpoint.safetensors import Network
 from unclip_jax.checkpoint.schema import CheckpointError
 from unclip_jax.config import ClipConfig, Dtype, NetworkConfig, PriorConfig, SampleConfig, TrainConfig
@@ -28,8 +28,6 @@ from unclip_jax.models.decoder import Decoder, init_decoder
 from unclip_jax.models.upsampler import Upsampler, init_upsampler
 from unclip_jax.stages import build
 
-INDEX = "model_index.json"
-SMALLEST = 64  # the side of a decoder's pictures, where its config leaves it out
 SAMPLED = 4096  # bytes of a tensor that its digest reads
 PRIOR = SampleConfig(sampler="ddpm", steps=25, guidance=4.0, candidates=1)  # diffusers' defaults, as are the next two
 DECODER = SampleConfig(sampler="ddpm", steps=25, guidance=8.0)
@@ -38,7 +36,7 @@ UPSAMPLER = SampleConfig(sampler="ddpm", steps=7)
 
 def is_published(folder: str | Path) -> bool:
     """Whether a folder holds a pipeline in diffusers' layout."""
-    return (Path(folder) / INDEX).is_file()
+    return (Path(folder) / PUBLISHED).is_file()
 
 
 def load_folders(folders: Sequence[str | Path], dtype: Dtype = "float32", place: Place | None = None) -> Cascade:
@@ -47,6 +45,7 @@ def load_folders(folders: Sequence[str | Path], dtype: Dtype = "float32", place:
     Raises CheckpointError in one sentence for what is missing, damaged, or does not belong together.
     """
     parts = _Parts([Path(folder) for folder in folders])
+    _check_one_clip(parts)
     clip, tokenizer = _clip(parts, dtype, place)
     config = clip.config.network
     assert isinstance(config, ClipConfig)
@@ -69,7 +68,7 @@ class _Parts:
         self.folders = folders
         for folder in folders:
             if not is_published(folder):
-                raise CheckpointError(f"'{folder}' has no {INDEX}: give a folder in diffusers' layout, or import it")
+                raise CheckpointError(f"'{folder}' has no {PUBLISHED}: give a folder in diffusers' layout")
 
     def has(self, component: str) -> bool:
         return any((folder / component).is_dir() for folder in self.folders)
@@ -120,6 +119,20 @@ def _clip(parts: _Parts, dtype: Dtype, place: Place | None) -> tuple[Network, An
     digest = _digest(sources[:1])
     tokenizer = load_tokenizer(parts.path("tokenizer"), config)
     return _network("karlo_clip", config, params, digest, _digest(sources), dtype), tokenizer
+
+
+def _check_one_clip(parts: _Parts) -> None:
+    """CheckpointError where the folders' text towers differ by more than 16 bits tell: then nothing of them fits."""
+    first = None
+    for folder in parts.folders:
+        if (folder / "text_encoder").is_dir():
+            found = _Parts([folder]).weights("text_encoder").read("text_projection.weight").astype(np.float32)
+            first = found if first is None else first
+            if found.shape != first.shape or np.abs(found - first).max() > 0.01 * np.abs(first).max():
+                raise CheckpointError(
+                    f"the text towers of '{parts.folders[0]}' and '{folder}' differ: their parts are of two CLIPs, "
+                    "so take all of them from cascades of one"
+                )
 
 
 def _prior(parts: _Parts, clip: ClipConfig, of: str, dtype: Dtype, place: Place | None) -> Network:
@@ -196,16 +209,6 @@ def _network(
 ) -> Network:
     run = run or TrainConfig(name, config)
     return Network(computing_in(run, dtype), params, constants or {}, clip, digest, {})
-
-
-def computing_in(config: Any, dtype: Dtype) -> Any:
-    """A config whose networks, however deep they lie in it, compute in dtype."""
-    changes: dict[str, Any] = {
-        entry.name: dtype if entry.name == "dtype" else computing_in(getattr(config, entry.name), dtype)
-        for entry in fields(config)
-        if entry.name == "dtype" or is_dataclass(getattr(config, entry.name))
-    }
-    return replace(config, **changes)
 
 
 def _digest(sources: Sequence[TensorSource]) -> str:

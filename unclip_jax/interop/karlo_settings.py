@@ -13,6 +13,7 @@ Settings = Any  # whatever JSON gave, which should be an object
 
 LARGEST = 2**20  # of any width or count: a hostile config must not ask for a table without end
 DEEPEST = 256  # layers, levels, blocks of a level
+REFUSED = ": this network cannot be exported"
 NORM_EPSILON = 1e-5  # diffusers writes it into its code where no setting names it
 
 
@@ -237,4 +238,4 @@ def settings(model: Model, **values: Any) -> dict[str, Any]:
 def refuse(model: Model, lacking: Mapping[str, bool]) -> None:
     """CheckpointError naming everything that a network has and the class does not."""
     if names := [name for name, there in lacking.items() if there]:
-        raise CheckpointError(f"diffusers' {model.name} has no {', no '.join(names)}: this network cannot be exported")
+        raise CheckpointError(f"diffusers' {model.name} has no {', no '.join(names)}{REFUSED}")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -14,9 +15,10 @@ from unclip_jax.checkpoint.schema import CheckpointError
 from unclip_jax.config import Dtype
 from unclip_jax.interop.names import Entry, Path, check_names, to_ours
 from unclip_jax.interop.sources import TensorSource
+from unclip_jax.interop.writing import Tensor
 from unclip_jax.types import Params
 
-Place = Callable[[Path, tuple[int, ...]], Sharding]
+Place = Callable[[Path, tuple[int, ...]], Sharding] | Literal["file"]
 
 
 def load_params(
@@ -31,7 +33,8 @@ def load_params(
 
     expected: nested dicts of shapes, such as `jax.eval_shape` of the network's initialiser. dtype: of floating
     parameters; `auto` keeps the file's (64 bits become 32 where jax is set so). place: the sharding of the parameter of
-    a path and shape; None is the default device. ignore: patterns such as `*.position_ids` of tensors in the file that
+    a path and shape; None is the default device, and with `file` nothing is read: the leaves are Tensors in the dtype
+    of the file. ignore: patterns such as `*.position_ids` of tensors in the file that
     are no parameters.
     Raises CheckpointError before anything is read where a tensor is missing, unknown or mis-shaped, and where the
     entries do not fill every leaf of `expected` exactly once.
@@ -51,12 +54,19 @@ def load_params(
     tree: dict[str, Any] = {}
     for entry in entries:
         shape = tuple(leaves[entry.ours].shape)
-        sharding = default if place is None else place(entry.ours, shape)
+        read = partial(_read, source, entry, shape)
         node = tree
         for key in entry.ours[:-1]:
             node = node.setdefault(key, {})
-        node[entry.ours[-1]] = _put(to_ours(entry, source.read(entry.theirs), shape), dtype, sharding)
+        if place == "file":
+            node[entry.ours[-1]] = Tensor(shape, source.dtypes[entry.theirs], read)
+        else:
+            node[entry.ours[-1]] = _put(read(), dtype, place(entry.ours, shape) if place else default)
     return tree
+
+
+def _read(source: TensorSource, entry: Entry, shape: tuple[int, ...]) -> np.ndarray:
+    return to_ours(entry, source.read(entry.theirs), shape)
 
 
 def _put(array: np.ndarray, dtype: Dtype | Literal["auto"], sharding: Sharding) -> jax.Array:

@@ -71,7 +71,7 @@ def open_source(path: str | Path) -> TensorSource:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        return TensorSource(path, _open_safetensors(path))
+        return TensorSource(path, open_safetensors(path)[0])
     if path.suffix in PICKLES:
         return TensorSource(path, open_pickle(path))
     if path.suffix == ".json" and ".index." in path.name:
@@ -163,8 +163,8 @@ def _open_index(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _open_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Views of every tensor; the header is checked before anything of its size is believed."""
+def open_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Views of every tensor, and the metadata; the header is checked before anything of its size is believed."""
     mapping = map_file(path)
     if len(mapping) < 8:
         raise CheckpointError(f"'{path}' is truncated (it has {len(mapping)} bytes): fetch it again")
@@ -177,7 +177,9 @@ def _open_safetensors(path: Path) -> dict[str, np.ndarray]:
     header = _parse(mapping[8:start], path)
     if not isinstance(header, dict):
         raise CheckpointError(f"'{path}' has a header that is no table of tensors: fetch it again")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"'{path}' has metadata that is no table of texts: fetch it again")
     parsed = {name: _described(entry, name, path) for name, entry in header.items()}
     end = 0
     for name, (_, _, first, last) in sorted(parsed.items(), key=lambda item: item[1][2:]):
@@ -192,9 +194,10 @@ def _open_safetensors(path: Path) -> dict[str, np.ndarray]:
             "fetch it again"
         )
     try:
-        return {name: view(mapping, dtype, shape, start + first) for name, (dtype, shape, first, _) in parsed.items()}
+        views = {name: view(mapping, dtype, shape, start + first) for name, (dtype, shape, first, _) in parsed.items()}
     except (ValueError, OverflowError) as error:
         raise CheckpointError(f"'{path}' has a tensor of an impossible shape ({error}): fetch it again") from error
+    return views, metadata
 
 
 def _described(entry: Any, name: str, path: Path) -> tuple[np.dtype, tuple[int, ...], int, int]:

@@ -127,7 +127,7 @@ def save_png(path: Path, picture: UInt8[np.ndarray, "h w 3"], about: dict[str, s
     write_whole(path, lambda file: Image.fromarray(picture).save(file, "PNG", pnginfo=chunks))
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file that appears whole or not at all, its folder with it.
 
     Raises OutputError in one sentence where that fails.

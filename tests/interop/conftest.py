@@ -93,8 +93,8 @@ def fill() -> Callable[..., dict[str, Any]]:
     def filled(entries: list, tensors: Mapping[str, np.ndarray], shapes: Any) -> dict[str, Any]:
         from pathlib import Path
 
+        from unclip_jax.checkpoint.sources import TensorSource
         from unclip_jax.interop.loading import load_params
-        from unclip_jax.interop.sources import TensorSource
 
         return load_params(entries, TensorSource(Path("oracle"), tensors), shapes)
 

@@ -28,13 +28,13 @@ import numpy as np
 
 from unclip_jax.cascade import Cascade
 from unclip_jax.checkpoint import Network
+from unclip_jax.checkpoint.writing import Tensor
 from unclip_jax.config import ClipConfig, TrainConfig, TransformerConfig
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.interop.clip import text_shapes
 from unclip_jax.interop.exporting import export_cascade
 from unclip_jax.interop.folder import load_folders
 from unclip_jax.interop.inspecting import inspect, table
-from unclip_jax.interop.writing import Tensor
 from unclip_jax.overrides import load_config
 from unclip_jax.stages import build
 

@@ -12,11 +12,11 @@ import transformers
 from PIL import Image
 
 from unclip_jax.checkpoint.schema import CheckpointError
+from unclip_jax.checkpoint.sources import open_source
 from unclip_jax.config import ClipConfig, TransformerConfig
 from unclip_jax.interop import clip as table
 from unclip_jax.interop.clip_pixels import channel_statistics, clip_pixels, preprocessor
 from unclip_jax.interop.loading import load_params
-from unclip_jax.interop.sources import open_source
 from unclip_jax.models.clip import Clip, normalise
 
 END = 40  # of the made-up vocabularies of 50 ids: by its number, larger ids may follow or come before

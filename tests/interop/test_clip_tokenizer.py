@@ -14,12 +14,12 @@ import pytest
 import transformers
 
 from unclip_jax.checkpoint.schema import CheckpointError
+from unclip_jax.checkpoint.sources import open_source
 from unclip_jax.config import ClipConfig
 from unclip_jax.data.tokenizer import ClipTokenizer, kept_ids
 from unclip_jax.interop.clip import clip_config, text_entries, text_shapes
 from unclip_jax.interop.clip_tokenizer import load_tokenizer, save_tokenizer
 from unclip_jax.interop.loading import load_params
-from unclip_jax.interop.sources import open_source
 from unclip_jax.models.clip import TextTower
 
 TEXTS = [

@@ -16,10 +16,10 @@ import transformers
 
 from unclip_jax.cascade import load_cascade
 from unclip_jax.checkpoint import load_network
+from unclip_jax.checkpoint.sources import find_weights, open_source
 from unclip_jax.cli import main
 from unclip_jax.interop.folder import load_folders
 from unclip_jax.interop.hub import COMPONENTS
-from unclip_jax.interop.sources import find_weights, open_source
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -14,13 +14,13 @@ from diffusers.pipelines.deprecated import unclip
 
 from unclip_jax.cascade import Cascade, load_cascade
 from unclip_jax.checkpoint import CheckpointError
+from unclip_jax.checkpoint.sources import find_weights, open_source
+from unclip_jax.checkpoint.writing import Tensor, new_folder, save_file
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.interop import exporting
 from unclip_jax.interop.exporting import export_cascade
 from unclip_jax.interop.folder import load_folders
 from unclip_jax.interop.hub import COMPONENTS
-from unclip_jax.interop.sources import find_weights, open_source
-from unclip_jax.interop.writing import Tensor, new_folder, save_file
 
 
 def networks(cascade: Cascade) -> dict[str, Any]:

@@ -17,8 +17,8 @@ import pytest
 from huggingface_hub import constants
 
 from unclip_jax.checkpoint import CheckpointError
+from unclip_jax.checkpoint.sources import find_weights
 from unclip_jax.interop.hub import STEM, _weights, is_repository, snapshot
-from unclip_jax.interop.sources import find_weights
 
 NAME = "owner/karlo"
 BIG = np.random.default_rng(0).bytes(12 * 2**20)  # more than the client's buffer of 10 MiB, so that a part is kept

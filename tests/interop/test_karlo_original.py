@@ -9,6 +9,7 @@ import pytest
 
 from unclip_jax.cascade import load_cascade
 from unclip_jax.checkpoint.schema import CheckpointError
+from unclip_jax.checkpoint.sources import TensorSource
 from unclip_jax.cli import main
 from unclip_jax.config import DecoderConfig, PriorConfig, TrainConfig, UNetConfig, UpsamplerConfig
 from unclip_jax.interop.clip import clip_folder
@@ -18,7 +19,6 @@ from unclip_jax.interop.karlo import decoder_config, prior_config, upsampler_con
 from unclip_jax.interop.karlo_names import decoder_entries, prior_entries, whitening_entries
 from unclip_jax.interop.karlo_original import original_decoder, original_prior, original_upsampler
 from unclip_jax.interop.names import check_names
-from unclip_jax.interop.sources import TensorSource
 
 PRIOR = {
     "positional_embedding": "positional_embedding",

@@ -13,9 +13,9 @@ import torch
 from safetensors.numpy import save_file
 
 from unclip_jax.checkpoint import CheckpointError
+from unclip_jax.checkpoint.sources import TensorSource, open_source
 from unclip_jax.interop.loading import load_params
 from unclip_jax.interop.names import Entry, conv, export, linear, norm
-from unclip_jax.interop.sources import TensorSource, open_source
 
 ENTRIES = [
     *conv("stem", ("params", "stem"), 3, 8),
@@ -51,9 +51,13 @@ TREE = jax.tree.map(
 STEM = {"params": {"stem": EXPECTED["params"]["stem"]}}
 
 
+def tensors(entries: list[Entry]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(tensor).copy(order="C") for name, tensor in export(entries, TREE).items()}
+
+
 @pytest.fixture
 def published(tmp_path: Path) -> Path:
-    save_file(export(ENTRIES, TREE), tmp_path / "model.safetensors")
+    save_file(tensors(ENTRIES), tmp_path / "model.safetensors")
     return tmp_path / "model.safetensors"
 
 
@@ -91,7 +95,7 @@ def test_floating_parameters_are_cast(published: Path, dtype: Any):
 
 
 def test_auto_keeps_what_the_file_has(tmp_path: Path):
-    half = {name: array.astype(ml_dtypes.bfloat16) for name, array in export(ENTRIES[:2], TREE).items()}
+    half = {name: array.astype(ml_dtypes.bfloat16) for name, array in tensors(ENTRIES[:2]).items()}
     save_file(half, tmp_path / "half.safetensors")
     params = load_params(ENTRIES[:2], open_source(tmp_path / "half.safetensors"), STEM)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"bfloat16"}
@@ -157,7 +161,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 from unclip_jax.interop.loading import load_params
 from unclip_jax.interop.names import linear
-from unclip_jax.interop.sources import open_source
+from unclip_jax.checkpoint.sources import open_source
 from unclip_jax.sharding import make_mesh, shard_state
 
 def anonymous():

@@ -1,4 +1,4 @@
-"""Checkpoints: configs as JSON, single-file weights, and (in `store`) training checkpoints."""
+"""Checkpoints: configs as JSON, single-file weights, (in `store`) training checkpoints, and files of other makers."""
 
 from unclip_jax.checkpoint.safetensors import Network, check_tree, load_network, save_network
 from unclip_jax.checkpoint.schema import SCHEMA_VERSION, CheckpointError, from_json, to_json

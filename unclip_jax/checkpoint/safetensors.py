@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.checkpoint.schema import SCHEMA_VERSION, CheckpointError, from_json, to_json
+from unclip_jax.checkpoint.sources import open_safetensors
+from unclip_jax.checkpoint.writing import Tensor, host, replacing, save_file, write_failure
 from unclip_jax.config import ClipConfig, Dtype, TrainConfig
-from unclip_jax.interop.sources import open_safetensors
-from unclip_jax.interop.writing import Tensor, host, replacing, save_file, write_failure
 from unclip_jax.types import Params
 
 __all__ = ["Network", "check_tree", "load_network", "save_network", "write_failure"]

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from unclip_jax.checkpoint.schema import CheckpointError
+from unclip_jax.checkpoint.writing import replacing, save_file, write_json
 from unclip_jax.config import ClipConfig, TransformerConfig
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.interop.clip_pixels import channel_statistics, preprocessor
 from unclip_jax.interop.clip_tokenizer import HubTokenizer, save_tokenizer
-from unclip_jax.interop.names import Entry, conv, linear, norm
-from unclip_jax.interop.writing import exported, replacing, save_file, write_json
+from unclip_jax.interop.names import Entry, conv, export, linear, norm
 from unclip_jax.models.clip import Clip, ImageTower, TextTower
 from unclip_jax.types import Params
 
@@ -261,7 +261,7 @@ def _texts(config: ClipConfig) -> jax.ShapeDtypeStruct:
 
 def clip_tensors(params: Params, config: ClipConfig) -> dict[str, Any]:
     """A CLIP's parameters under CLIPModel's names, to be saved; a temperature beyond our cap is written as the cap."""
-    tensors: dict[str, Any] = dict(exported(entries(config), params))
+    tensors: dict[str, Any] = dict(export(entries(config), params))
     scale = np.asarray(tensors["logit_scale"])
     tensors["logit_scale"] = np.minimum(scale, np.asarray(math.log(config.max_logit_scale), scale.dtype))
     return tensors

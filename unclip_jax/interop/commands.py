@@ -54,12 +54,12 @@ def _import(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from unclip_jax.cascade import load_cascade, load_checked, tokenizer_from
+    from unclip_jax.checkpoint.writing import new_folder
     from unclip_jax.config import ClipConfig
     from unclip_jax.interop.clip import clip_folder
     from unclip_jax.interop.clip_tokenizer import load_tokenizer
     from unclip_jax.interop.exporting import export_cascade
     from unclip_jax.interop.folder import is_published, load_folders
-    from unclip_jax.interop.writing import new_folder
 
     path: Path = options.checkpoint
     if path.is_file():

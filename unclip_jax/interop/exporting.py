@@ -11,6 +11,7 @@ from typing import Any
 from unclip_jax.cascade import Cascade
 from unclip_jax.checkpoint.safetensors import Network
 from unclip_jax.checkpoint.schema import CheckpointError
+from unclip_jax.checkpoint.writing import Tensor, new_folder, save_file, write_json
 from unclip_jax.config import ClipConfig, DecoderConfig, PriorConfig, UpsamplerConfig
 from unclip_jax.data.tokenizer import ClipTokenizer
 from unclip_jax.interop import clip, karlo, karlo_names
@@ -18,8 +19,7 @@ from unclip_jax.interop.clip_pixels import preprocessor
 from unclip_jax.interop.clip_tokenizer import save_tokenizer
 from unclip_jax.interop.hub import INDEX, STEM
 from unclip_jax.interop.karlo_settings import REFUSED
-from unclip_jax.interop.names import Entry
-from unclip_jax.interop.writing import Tensor, exported, new_folder, save_file, write_json
+from unclip_jax.interop.names import Entry, export
 
 PIPELINE, VARIATIONS = "UnCLIPPipeline", "UnCLIPImageVariationPipeline"
 CLASSES = {  # library and class of every component, as the published index has them
@@ -139,7 +139,7 @@ def _prior(network: Network) -> Files:
     config = network.config.network
     assert isinstance(config, PriorConfig)
     settings = karlo.prior_json(config)
-    statistics = exported(karlo_names.whitening_entries(config), network.constants)
+    statistics = export(karlo_names.whitening_entries(config), network.constants)
     return _model("prior", settings, _tensors(karlo_names.prior_entries(config), network) | statistics)
 
 
@@ -172,4 +172,4 @@ def _model(name: str, settings: dict[str, Any], tensors: dict[str, Tensor]) -> F
 
 
 def _tensors(entries: list[Entry], network: Network) -> dict[str, Tensor]:
-    return exported(entries, network.params)
+    return export(entries, network.params)

@@ -17,13 +17,13 @@ import numpy as np
 from unclip_jax.cascade import PUBLISHED, Cascade, check_cascade, check_widths, computing_in
 from unclip_jax.checkpoint.safetensors import Network
 from unclip_jax.checkpoint.schema import CheckpointError
+from unclip_jax.checkpoint.sources import TensorSource, find_weights, open_source
 from unclip_jax.config import ClipConfig, Dtype, NetworkConfig, PriorConfig, SampleConfig, TrainConfig
 from unclip_jax.interop import clip as clips
 from unclip_jax.interop import karlo, karlo_names
 from unclip_jax.interop.clip_tokenizer import load_tokenizer
 from unclip_jax.interop.loading import Place, load_params
 from unclip_jax.interop.names import Entry
-from unclip_jax.interop.sources import TensorSource, find_weights, open_source
 from unclip_jax.models.decoder import Decoder, init_decoder
 from unclip_jax.models.upsampler import Upsampler, init_upsampler
 from unclip_jax.stages import build

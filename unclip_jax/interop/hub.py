@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from unclip_jax.checkpoint.schema import CheckpointError
-from unclip_jax.interop.sources import PICKLED_STEMS, PICKLES, find_weights, locate
+from unclip_jax.checkpoint.sources import PICKLED_STEMS, PICKLES, find_weights, locate
 
 INDEX = "model_index.json"
 STEM = "diffusion_pytorch_model"

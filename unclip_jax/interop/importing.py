@@ -12,6 +12,8 @@ import numpy as np
 from unclip_jax.cascade import Cascade, check_cascade, check_widths
 from unclip_jax.checkpoint.safetensors import Network, save_network
 from unclip_jax.checkpoint.schema import CheckpointError
+from unclip_jax.checkpoint.sources import TensorSource, find_weights, open_source
+from unclip_jax.checkpoint.writing import new_folder
 from unclip_jax.config import ClipConfig, DecoderConfig, Dtype, PriorConfig, TrainConfig, UpsamplerConfig
 from unclip_jax.interop import clip as clips
 from unclip_jax.interop import karlo_names
@@ -21,8 +23,6 @@ from unclip_jax.interop.hub import is_repository, snapshot
 from unclip_jax.interop.karlo_original import original_decoder, original_prior, original_upsampler
 from unclip_jax.interop.loading import load_params
 from unclip_jax.interop.names import Entry
-from unclip_jax.interop.sources import TensorSource, find_weights, open_source
-from unclip_jax.interop.writing import new_folder
 from unclip_jax.overrides import load_config
 from unclip_jax.stages import build
 from unclip_jax.types import Params

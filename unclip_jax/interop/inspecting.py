@@ -13,12 +13,12 @@ import numpy as np
 from unclip_jax.cascade import Cascade, check_cascade, check_widths, expected_shapes
 from unclip_jax.checkpoint.safetensors import Network, check_tree, load_network
 from unclip_jax.checkpoint.schema import CheckpointError
+from unclip_jax.checkpoint.sources import PICKLES, TensorSource, find_weights, open_safetensors, open_source
 from unclip_jax.config import ArPriorConfig, ClipConfig, DecoderConfig, PriorConfig, UpsamplerConfig
 from unclip_jax.interop.clip import IGNORED
 from unclip_jax.interop.folder import load_folders
 from unclip_jax.interop.hub import COMPONENTS
 from unclip_jax.interop.importing import ORIGINALS, clip_network, kind_of
-from unclip_jax.interop.sources import PICKLES, TensorSource, find_weights, open_safetensors, open_source
 
 UNKNOWN = "unknown tensors"
 # Names of tensors that only this class has, the first that matches; patterns of all that must be there.

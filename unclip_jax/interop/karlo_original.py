@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from unclip_jax.checkpoint.schema import CheckpointError
+from unclip_jax.checkpoint.sources import TensorSource
 from unclip_jax.config import DecoderConfig, PriorConfig, UNetConfig, UpsamplerConfig
 from unclip_jax.interop.karlo_names import decoder_entries, prior_entries, upsampler_entries
 from unclip_jax.interop.names import Entry
-from unclip_jax.interop.sources import TensorSource
 
 PREFIX = "model."
 FIRST_STEPS, LAST_STEP = "model_first_steps.", "model_last_step."

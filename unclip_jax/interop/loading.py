@@ -12,10 +12,10 @@ import numpy as np
 from jax.sharding import Sharding
 
 from unclip_jax.checkpoint.schema import CheckpointError
+from unclip_jax.checkpoint.sources import TensorSource
+from unclip_jax.checkpoint.writing import Tensor
 from unclip_jax.config import Dtype
 from unclip_jax.interop.names import Entry, Path, check_names, to_ours
-from unclip_jax.interop.sources import TensorSource
-from unclip_jax.interop.writing import Tensor
 from unclip_jax.types import Params
 
 Place = Callable[[Path, tuple[int, ...]], Sharding] | Literal["file"]

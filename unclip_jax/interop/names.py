@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from unclip_jax.checkpoint.schema import CheckpointError
+from unclip_jax.checkpoint.writing import Tensor, host
 
 Layout = Literal["same", "linear", "conv"]
 Path = tuple[str, ...]
@@ -89,11 +90,14 @@ def check_names(entries: Iterable[Entry], shapes: Mapping[str, tuple[int, ...]],
         raise CheckpointError(f"{name} {' and '.join(sentences)}: it belongs to another network or version")
 
 
-def export(entries: Iterable[Entry], tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """A tree of parameters under their names and in their layout, contiguous."""
-    return {
-        entry.theirs: np.asarray(to_theirs(entry, np.asarray(leaf(tree, entry.ours))), order="C") for entry in entries
-    }
+def export(entries: Iterable[Entry], tree: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A tree of parameters under their names and in their layout, each in the tree's dtype and made when it is used."""
+
+    def tensor(entry: Entry) -> Tensor:
+        found = leaf(tree, entry.ours)
+        return Tensor(entry.shape, np.dtype(found.dtype), lambda: to_theirs(entry, host(found)))
+
+    return {entry.theirs: tensor(entry) for entry in entries}
 
 
 def leaf(tree: Mapping[str, Any], path: Path) -> Any:

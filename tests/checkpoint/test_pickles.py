@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from unclip_jax.checkpoint import CheckpointError
-from unclip_jax.interop.pickles import MAGIC, open_pickle
+from unclip_jax.checkpoint.pickles import MAGIC, open_pickle
 
 BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 LAYOUTS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])

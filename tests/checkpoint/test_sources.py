@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save_file
 
 from unclip_jax.checkpoint import CheckpointError
-from unclip_jax.interop.sources import find_weights, locate, open_source
+from unclip_jax.checkpoint.sources import find_weights, locate, open_source
 
 RNG = np.random.default_rng(0)
 TENSORS = {

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, cast
 import ml_dtypes
 import numpy as np
 
+from unclip_jax.checkpoint.mapped import MAX_READ, MappedFile, map_file, view
 from unclip_jax.checkpoint.schema import CheckpointError
-from unclip_jax.interop.mapped import MAX_READ, MappedFile, map_file, view
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first of the legacy layout's pickles
 MAX_NODES = 2**18  # values in the pickled object: shared dicts must not multiply without end

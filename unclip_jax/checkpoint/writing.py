@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from unclip_jax.checkpoint.schema import CheckpointError
-from unclip_jax.interop.names import Entry, leaf, to_theirs
-from unclip_jax.interop.sources import DTYPES
-from unclip_jax.types import Params
+from unclip_jax.checkpoint.sources import DTYPES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -44,16 +42,6 @@ def host(array: Any) -> np.ndarray:
     if isinstance(array, jax.Array) and array.is_fully_replicated:
         array = array.addressable_data(0)
     return np.asarray(array)
-
-
-def exported(entries: Iterable[Entry], tree: Params) -> dict[str, Tensor]:
-    """What names.export gives, each tensor in the dtype that it has in the tree and made when it is used."""
-
-    def tensor(entry: Entry) -> Tensor:
-        found = leaf(tree, entry.ours)
-        return Tensor(entry.shape, np.dtype(found.dtype), lambda: to_theirs(entry, host(found)))
-
-    return {entry.theirs: tensor(entry) for entry in entries}
 
 
 def save_file(tensors: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from unclip_jax.checkpoint.mapped import map_file, view
+from unclip_jax.checkpoint.pickles import open_pickle
 from unclip_jax.checkpoint.schema import CheckpointError
-from unclip_jax.interop.mapped import map_file, view
-from unclip_jax.interop.pickles import open_pickle
 
 MAX_HEADER = 100 * 1000**2  # bytes, as the safetensors library has it
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".th")

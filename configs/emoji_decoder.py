@@ -41,7 +41,7 @@ def get_config() -> TrainConfig:
         # A drawing of flat colours shows what it is down to very low signal (beyond t = 0.85 only the conditions
         # tell), so uniform timesteps would seldom train what the words mean.
         diffusion=DiffusionConfig(prediction="x0", timestep_mean=1.3, timestep_scale=1.3),
-        sample=SampleConfig(sampler="ddim", steps=40, guidance=3.0),
+        sample=SampleConfig(sampler="ddim", steps=40, guidance=1.5),
         data=DataConfig(batch_size=32),
         optim=OptimConfig(learning_rate=1e-3, warmup=100, decay_steps=12000, ema=0.998),
         steps=12000,

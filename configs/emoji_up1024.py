@@ -26,7 +26,7 @@ def get_config() -> TrainConfig:
         diffusion=DiffusionConfig(schedule="linear", prediction="x0", timestep_mean=0.5, timestep_scale=1.4),
         sample=SampleConfig(sampler="ddim", steps=6),
         data=DataConfig(size=1024, crop=256, low_size=256, degradation="bsr", batch_size=4, single_fraction=0.5),
-        optim=OptimConfig(learning_rate=2e-3, warmup=30, decay_steps=300, ema=0.98),
-        steps=330,
-        preview_every=110,
+        optim=OptimConfig(learning_rate=2e-3, warmup=50, decay_steps=1250, ema=0.99),
+        steps=1300,
+        preview_every=325,
     )

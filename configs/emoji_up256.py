@@ -20,8 +20,9 @@ def get_config() -> TrainConfig:
             low_size=64,
             size=256,
             degradation="blur",  # kernel 3, sigma 0.6 (paper, section 2.1)
+            residual=True,
         ),
-        diffusion=DiffusionConfig(prediction="v", timestep_mean=0.5, timestep_scale=1.4),
+        diffusion=DiffusionConfig(prediction="x0", timestep_mean=0.5, timestep_scale=1.4),
         sample=SampleConfig(sampler="ddim", steps=8),
         data=DataConfig(size=256, crop=64, low_size=64, degradation="blur", batch_size=16, single_fraction=0.5),
         optim=OptimConfig(learning_rate=1e-3, warmup=100, decay_steps=800, ema=0.995),

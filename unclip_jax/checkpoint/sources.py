@@ -106,6 +106,18 @@ def find_weights(folder: str | Path, stem: str = "diffusion_pytorch_model", vari
     )
 
 
+def read_table(path: Path, remedy: str = "fetch it again") -> dict[str, Any]:
+    """The table that a JSON file holds; CheckpointError, which ends in `remedy`, where it holds none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise CheckpointError(f"'{path}' cannot be read as JSON ({reason}): {remedy}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"'{path}' is no table of settings: {remedy}")
+    return found
+
+
 def locate(folder: Path, name: str, said_by: Path) -> Path:
     """A file that an untrusted file names, which must lie in `folder`.
 

@@ -17,7 +17,7 @@ import numpy as np
 from unclip_jax.cascade import PUBLISHED, Cascade, check_cascade, check_widths, computing_in
 from unclip_jax.checkpoint.safetensors import Network
 from unclip_jax.checkpoint.schema import CheckpointError
-from unclip_jax.checkpoint.sources import TensorSource, find_weights, open_source
+from unclip_jax.checkpoint.sources import TensorSource, find_weights, open_source, read_table
 from unclip_jax.config import ClipConfig, Dtype, NetworkConfig, PriorConfig, SampleConfig, TrainConfig
 from unclip_jax.interop import clip as clips
 from unclip_jax.interop import karlo, karlo_names
@@ -81,15 +81,7 @@ class _Parts:
         raise CheckpointError(f"{where} has no {component}: fetch the whole repository, or name one that has it too")
 
     def settings(self, component: str, name: str = "config.json") -> dict[str, Any]:
-        path = self.path(component) / name
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            reason = str(error).splitlines()[0][:120]
-            raise CheckpointError(f"'{path}' cannot be read as JSON ({reason}): fetch it again") from error
-        if not isinstance(found, dict):
-            raise CheckpointError(f"'{path}' is no table of settings: fetch it again")
-        return found
+        return read_table(self.path(component) / name)
 
     def weights(self, component: str) -> TensorSource:
         stem = "model" if component in ("text_encoder", "image_encoder") else "diffusion_pytorch_model"

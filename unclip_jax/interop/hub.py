@@ -1,7 +1,6 @@
 """Published weights from the hub: what a cascade needs of a repository, through the hub's own client and its cache."""
 
 import errno
-import json
 import os
 import re
 import sys
@@ -12,7 +11,7 @@ from types import ModuleType
 from typing import NamedTuple
 
 from unclip_jax.checkpoint.schema import CheckpointError
-from unclip_jax.checkpoint.sources import PICKLED_STEMS, PICKLES, find_weights, locate
+from unclip_jax.checkpoint.sources import PICKLED_STEMS, PICKLES, find_weights, locate, read_table
 
 INDEX = "model_index.json"
 STEM = "diffusion_pytorch_model"
@@ -31,6 +30,7 @@ COMPONENTS: dict[str, str | None] = {  # folders that a cascade reads, and how t
     "super_res_scheduler": None,
 }
 TIMEOUT = 10.0  # seconds
+DAMAGED = "delete it and fetch it again"  # a file in the cache, which the client takes for whole
 WORD = r"\w[\w.-]*"  # begins with no dot, so no part of a path is `..`
 NAME = re.compile(rf"(?P<repository>{WORD}/{WORD})(@(?P<revision>{WORD}(/{WORD})*))?", re.ASCII)
 SETTINGS = re.compile(rf"(?P<component>\w+)/(?!.*\.index\.){WORD}\.(json|txt)", re.ASCII)
@@ -132,7 +132,7 @@ def _fetch(name: str, folder: Path, files: Iterable[str]) -> None:
 
 def _components(folder: Path) -> list[str]:
     """The components of a pipeline that a cascade reads; those that the pipeline leaves out are nulls in its index."""
-    index = _read(folder / INDEX)
+    index = read_table(folder / INDEX, DAMAGED)
     found = [name for name in COMPONENTS if isinstance(entry := index.get(name), list) and any(entry)]
     if "decoder" not in found:
         kind = str(index.get("_class_name"))[:80]
@@ -152,23 +152,13 @@ def _weights(component: str, stem: str, files: set[str]) -> str:
 
 def _shards(index: Path) -> set[str]:
     """The files that an index of weights names, which lie beside it."""
-    names = _read(index).get("weight_map")
+    names = read_table(index, DAMAGED).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise CheckpointError(f"'{index}' has no weight_map of names to files: ask its owner for another")
     for name in names.values():
         if not re.fullmatch(WORD, name, re.ASCII):
             raise CheckpointError(f"'{index}' names the file '{name[:80]}' outside of its folder: do not trust it")
     return set(names.values())
-
-
-def _read(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"'{path}' cannot be read as JSON: delete it and fetch it again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"'{path}' is no table: delete it and fetch it again")
-    return found
 
 
 def _is_whole(folder: Path) -> bool:

@@ -1,6 +1,5 @@
 """Published weights as a folder of ours: a pipeline in diffusers' layout, Karlo's original checkpoints, or a CLIP."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from unclip_jax.cascade import Cascade, check_cascade, check_widths
 from unclip_jax.checkpoint.safetensors import Network, save_network
 from unclip_jax.checkpoint.schema import CheckpointError
-from unclip_jax.checkpoint.sources import TensorSource, find_weights, open_source
+from unclip_jax.checkpoint.sources import TensorSource, find_weights, open_source, read_table
 from unclip_jax.checkpoint.writing import new_folder
 from unclip_jax.config import ClipConfig, DecoderConfig, Dtype, PriorConfig, TrainConfig, UpsamplerConfig
 from unclip_jax.interop import clip as clips
@@ -208,12 +207,4 @@ def _only(folder: Path, pattern: str) -> Path:
 
 def _json(path: Path) -> dict[str, Any] | None:
     """A table of settings, or None where there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"'{path}' cannot be read as JSON: fetch it again") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"'{path}' is no table of settings: fetch it again")
-    return found
+    return read_table(path) if path.is_file() else None

@@ -1,17 +1,24 @@
-from collections.abc import Iterator
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 # Nothing of the package is imported up here: pytest loads this file before jaxtyping's import hook is in place.
 
+# Tests compile many programs and run each on a few numbers, so LLVM's optimisations cost more than they give.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads would spin beside the other test processes
 
-@pytest.fixture(scope="session", autouse=True)
-def own_compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps what commands compile in tests out of the user's cache folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("UNCLIP_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
-        yield
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One folder of compiled programs for all processes of this run, which inherit it, and none of the user's."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="unclip-tests-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unclip_jax.pictures import MOST_PIXELS, fitted, open_picture, read_picture, square
+from unclip_jax.pictures import MOST_PIXELS, open_picture, padded, read_picture, square
 
 RED, BLUE = (220, 30, 40), (20, 60, 200)
 
@@ -139,12 +139,14 @@ def test_one_pixel_is_enough_and_none_is_not(tmp_path):
     near(square(read_picture(tmp_path / "one.png"), 64), np.full((64, 64, 3), RED, np.uint8))
     with pytest.raises(ValueError, match="shows nothing"):
         square(np.zeros((0, 5, 3), np.uint8), 64)
+    with pytest.raises(ValueError, match="too thin"):
+        square(np.zeros((1, MOST_PIXELS, 3), np.uint8), 64)
 
 
 def test_padding_keeps_everything_on_the_borders_colour():
     picture = np.full((10, 4, 3), BLUE, np.uint8)
     picture[4:6, 1:3] = RED
-    padded = fitted(picture, "pad")
-    assert padded.shape == (10, 10, 3) and (padded[:, [0, 9]] == BLUE).all()
-    near(padded[:, 3:7], picture)
-    assert fitted(np.zeros((1, 50_000, 3), np.uint8), "pad").shape == (2048, 2048, 3)
+    whole = padded(picture)
+    assert whole.shape == (10, 10, 3) and (whole[:, [0, 9]] == BLUE).all()
+    near(whole[:, 3:7], picture)
+    assert padded(np.zeros((1, 50_000, 3), np.uint8)).shape == (2048, 2048, 3)

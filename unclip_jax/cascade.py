@@ -1,8 +1,9 @@
 """A loaded cascade: CLIP, prior, decoder and upsamplers that belong together, with the tokenizer that they share."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from unclip_jax.checkpoint.schema import CheckpointError
 from unclip_jax.config import ArPriorConfig, ClipConfig, DecoderConfig, Dtype, PriorConfig, UpsamplerConfig
 from unclip_jax.data.tokenizer import ClipTokenizer, TextTokenizer
 from unclip_jax.models.quantiser import shapes
+from unclip_jax.offload import Offload, cast, needs_offload, on_device
 from unclip_jax.stages import build
 
 SHIPPED = Path(__file__).parent / "weights"
@@ -68,8 +70,28 @@ class Cascade(NamedTuple):
     @property
     def digest(self) -> str:
         """The networks' digests, joined."""
-        networks = (self.clip, self.prior, self.ar_prior, self.decoder, self.inpaint, *self.upsamplers)
-        return "-".join(network.digest[:6] for network in networks if network is not None)
+        return "-".join(network.digest[:6] for network in self.networks)
+
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        """All networks that there are."""
+        known = (self.clip, self.prior, self.ar_prior, self.decoder, self.inpaint, *self.upsamplers)
+        return tuple(network for network in known if network is not None)
+
+    def change(self, change: Callable[[Network], Network]) -> "Cascade":
+        """The cascade of changed networks."""
+
+        def changed(network: Network | None) -> Network | None:
+            return None if network is None else change(network)
+
+        return self._replace(
+            clip=change(self.clip),
+            prior=changed(self.prior),
+            decoder=change(self.decoder),
+            upsamplers=tuple(map(change, self.upsamplers)),
+            ar_prior=changed(self.ar_prior),
+            inpaint=changed(self.inpaint),
+        )
 
 
 def tokenizer_from(clip: Network) -> ClipTokenizer:
@@ -167,33 +189,35 @@ def load_cascade(
     source: Source | Sequence[Source] = SHIPPED,
     dtype: Dtype | Literal["auto"] = "auto",
     upsampler: Source | None = None,
+    offload: Offload = "auto",
 ) -> Cascade:
     """The cascade of a folder or of a repository on the hub; the shipped one by default.
 
-    source: a folder of clip, prior, decoder and upsampler_<size>.safetensors, beside which ar_prior.safetensors and
+    source: a folder of clip, decoder and upsampler_<size>.safetensors, beside which prior, ar_prior and
     inpaint.safetensors may lie; or a folder in diffusers' layout; or, as a string, `owner/name` or
     `owner/name@revision`. Several of the latter two, in a sequence or with commas between them, complete each other.
     dtype: of parameters and compute; auto is float32 for weights of ours, and for published ones `fastest_dtype`'s.
     upsampler: a file of ours that is appended as the last stage.
+    offload: always leaves the parameters in their files and puts a stage's on the device while it runs; never puts all
+    there now; auto is never where they take at most offload.SHARE of the device's memory.
     Raises CheckpointError in one sentence where a file is missing, damaged, or does not belong to the others.
     """
     folders = [_local(part) for part in _sources(source)]
     if any((folder / PUBLISHED).is_file() for folder in folders):
         from unclip_jax.interop.folder import load_folders
 
-        cascade = load_folders(folders, fastest_dtype() if dtype == "auto" else dtype)
+        cascade = load_folders(folders, fastest_dtype() if dtype == "auto" else dtype, place="file")
     elif len(folders) == 1:
-        cascade = _load_folder(folders[0])
-        cascade = cascade if dtype == "auto" else _in_dtype(cascade, dtype)
+        cascade = _load_folder(folders[0]).change(partial(in_dtype, dtype=dtype))
     else:
         raise CheckpointError("only published cascades come in parts: name one folder of weights")
-    if upsampler is None:
+    if upsampler is not None:
+        last = in_dtype(load_checked(Path(upsampler), UpsamplerConfig), dtype)
+        cascade = cascade._replace(upsamplers=(*cascade.upsamplers, last))
+        check_cascade(cascade, str(upsampler))
+    if needs_offload(cascade.networks, offload):
         return cascade
-    last = load_checked(Path(upsampler), UpsamplerConfig)
-    last = last if dtype == "auto" else _computing(last, dtype)
-    cascade = cascade._replace(upsamplers=(*cascade.upsamplers, last))
-    check_cascade(cascade, str(upsampler))
-    return cascade
+    return cascade.change(lambda network: network._replace(params=on_device(network.params)))
 
 
 def fastest_dtype() -> Dtype:
@@ -218,27 +242,11 @@ def computing_in(config: Any, dtype: Dtype) -> Any:
     return replace(config, **changes)
 
 
-def _in_dtype(cascade: Cascade, dtype: Dtype) -> Cascade:
-    def cast(network: Network | None) -> Network | None:
-        return None if network is None else _computing(network, dtype)
-
-    return cascade._replace(
-        clip=_computing(cascade.clip, dtype),
-        prior=cast(cascade.prior),
-        decoder=_computing(cascade.decoder, dtype),
-        upsamplers=tuple(_computing(network, dtype) for network in cascade.upsamplers),
-        ar_prior=cast(cascade.ar_prior),
-        inpaint=cast(cascade.inpaint),
-    )
-
-
-def _computing(network: Network, dtype: Dtype) -> Network:
-    """A network with its parameters and compute in dtype."""
-    params = jax.tree.map(
-        lambda leaf: leaf.astype(jnp.dtype(dtype)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
-        network.params,
-    )
-    return network._replace(config=computing_in(network.config, dtype), params=params)
+def in_dtype(network: Network, dtype: Dtype | Literal["auto"]) -> Network:
+    """A network with its parameters and compute in dtype; auto changes neither."""
+    if dtype == "auto":
+        return network
+    return network._replace(config=computing_in(network.config, dtype), params=cast(network.params, dtype))
 
 
 def _sources(source: Source | Iterable[Source]) -> Iterable[Source]:
@@ -260,7 +268,8 @@ def _local(source: Source) -> Path:
 def _load_folder(folder: Path) -> Cascade:
     """The cascade of a folder of weights files of ours."""
     clip = load_clip(folder)
-    prior = load_checked(folder / "prior.safetensors", PriorConfig, clip)
+    prior_path = folder / "prior.safetensors"  # which Karlo's image variations have not
+    prior = load_checked(prior_path, PriorConfig, clip) if prior_path.exists() else None
     ar_path = folder / "ar_prior.safetensors"
     ar_prior = load_checked(ar_path, ArPriorConfig, clip) if ar_path.exists() else None
     decoder = _load_decoder(folder / "decoder.safetensors", clip, channels=3)

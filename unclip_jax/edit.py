@@ -37,6 +37,7 @@ from unclip_jax.inputs import (
     stage_keys,
     table_of,
 )
+from unclip_jax.offload import on_device
 from unclip_jax.pictures import square
 from unclip_jax.priors import prior_embeddings
 from unclip_jax.stages import to_model
@@ -149,8 +150,7 @@ def text_diff(
         raise ValueError(f"theta must lie between 0, the picture itself, and 1, not {theta}")
     direction = difference(cascade, old, new)
     latent = invert_pictures(cascade, [picture], [old], options, progress)
-    share = np.linspace(0, 1, frames) if frames > 1 else np.ones(1)
-    share = share * (theta > 0)
+    share = (theta > 0) * (np.linspace(0, 1, frames) if frames > 1 else np.ones(1))
     frame = move(latent.rows([0] * frames), direction, encode_prompts(cascade, [new]), theta * share, share)
     return draw(cascade, _one_key(seed, frames), frame, options, progress)
 
@@ -261,7 +261,7 @@ def invert_pictures(
     table = reverse_table(strided_timesteps(options.steps or STEPS, config.diffusion.steps))
     text, told = _captions(cascade, prompts)
     embedding = embed_pictures(cascade, pictures)
-    up = partial(invert, config, cascade.decoder.params, table)
+    up = partial(invert, config, on_device(cascade.decoder.params), table)
     return Latent(embedding, _in_buckets(up, small, embedding, text, told), text, told)
 
 
@@ -283,9 +283,9 @@ def draw(
     progress(f"decoder {cascade.sizes[0]} px")
     guidance = (1.0 if inverted else config.sample.guidance) if options.guidance is None else options.guidance
     settings = None if guidance == 1 else np.float32(guidance), np.float32(eta), np.float32(inverted * (1 - eta))
-    table = table_of(config, options.steps or STEPS)
-    down = partial(redraw, config, sampler, cascade.decoder.params, table, null_text(cascade), *settings)
-    return finish(cascade, keys, _in_buckets(down, keys, latent), check(cascade, options), progress)
+    given = table_of(config, options.steps or STEPS), null_text(cascade), *settings
+    small = _in_buckets(partial(redraw, config, sampler, on_device(cascade.decoder.params), *given), keys, latent)
+    return finish(cascade, keys, small, check(cascade, options), progress)
 
 
 def embed_pictures(cascade: Cascade, pictures: Sequence[Picture]) -> Float[np.ndarray, "b z"]:
@@ -294,7 +294,7 @@ def embed_pictures(cascade: Cascade, pictures: Sequence[Picture]) -> Float[np.nd
     config = cascade.clip.config.network
     assert isinstance(config, ClipConfig)
     return _in_buckets(
-        partial(embed_images, config, cascade.clip.params),
+        partial(embed_images, config, on_device(cascade.clip.params)),
         np.stack([square(picture, config.image_size) for picture in pictures]),
     )
 

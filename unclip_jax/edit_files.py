@@ -13,7 +13,7 @@ from unclip_jax.edit import MOST, STEPS, Basis, embedding_basis, interpolate, pr
 from unclip_jax.generate import check, check_seeds
 from unclip_jax.inputs import Options
 from unclip_jax.output import Progress, check_writable, destinations, report, save_png, warn
-from unclip_jax.pictures import Fit, fitted, open_picture, square
+from unclip_jax.pictures import Fit, open_picture, padded, square
 from unclip_jax.sample import MOST_CHARACTERS, announce, enlargements, open_cascade, plain
 
 STRIP_WIDTH = 8192  # px, the most that a strip measures
@@ -111,10 +111,10 @@ def _prompts(options: Namespace) -> list[str]:
             return []
 
 
-def _opened(path: Path, fit: Fit) -> UInt8[np.ndarray, "s s 3"]:
+def _opened(path: Path, fit: Fit) -> UInt8[np.ndarray, "_ _ 3"]:
     found = open_picture(path)
     warn(found.warnings)
-    return fitted(found.rgb, fit)
+    return padded(found.rgb) if fit == "pad" else found.rgb  # every stage cuts it at a size of its own
 
 
 def _doubling(most: int) -> list[int]:

@@ -96,25 +96,26 @@ def _sentence(error: Exception) -> str:
 
 
 def square(picture: UInt8[np.ndarray, "h w 3"], side: int) -> UInt8[np.ndarray, "{side} {side} 3"]:
-    """The middle of a picture at side x side pixels, antialiased; unchanged where it has that size."""
-    picture = fitted(picture, "crop")
-    if len(picture) == side:
-        return picture
-    return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC))
+    """The middle of a picture at side x side pixels, antialiased; unchanged where it has that size.
 
-
-def fitted(picture: UInt8[np.ndarray, "h w 3"], fit: Fit) -> UInt8[np.ndarray, "s s 3"]:
-    """A picture made square: cut to its middle ("crop"), or set on the median colour of its border ("pad").
-
-    A picture to be padded is first reduced until its longer side has LONGEST pixels. Raises ValueError for empty ones.
+    As a published CLIP's preprocessing: the short side is brought to `side`, and what is left is cut. Raises ValueError
+    for an empty picture and for one so long and thin that it would not fit in memory.
     """
     height, width, _ = picture.shape
     if not picture.size:
         raise ValueError(f"a picture of {width} x {height} pixels shows nothing")
-    if fit == "crop":
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        return np.ascontiguousarray(picture[top : top + side, left : left + side])
+    long = int(side * max(height, width) / min(height, width))
+    if side * long > MOST_PIXELS:
+        raise ValueError(f"a picture of {width} x {height} pixels is too thin: cut it to what matters first")
+    size = (side, long) if width <= height else (long, side)
+    image = Image.fromarray(picture)
+    resized = np.asarray(image if image.size == size else image.resize(size, Image.Resampling.BICUBIC))
+    top, left = (size[1] - side) // 2, (size[0] - side) // 2
+    return np.ascontiguousarray(resized[top : top + side, left : left + side])
+
+
+def padded(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
+    """A picture made square on the median colour of its border, its longer side reduced to LONGEST pixels before."""
     image = Image.fromarray(picture)
     image.thumbnail((LONGEST, LONGEST), Image.Resampling.BICUBIC)
     border = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])

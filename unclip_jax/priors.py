@@ -29,6 +29,7 @@ from unclip_jax.models.ar_prior import ArPrior
 from unclip_jax.models.clip import normalise
 from unclip_jax.models.prior import Prior, Whitening
 from unclip_jax.models.quantiser import Quantiser
+from unclip_jax.offload import on_device
 from unclip_jax.types import Keys, Params
 
 
@@ -120,12 +121,12 @@ def prior_embeddings(prior: Network, keys: Keys, text: Text, null: Text, options
     if isinstance(prior.config.network, ArPriorConfig):
         temperature = advice.temperature if options.prior_temperature is None else options.prior_temperature
         return sample_ar_prior(
-            prior.config, prior.params, Quantiser(**prior.constants["quantiser"]), keys, text, null,
+            prior.config, on_device(prior.params), Quantiser(**prior.constants["quantiser"]), keys, text, null,
             per_picture(guidance, len(keys)), per_picture(temperature, len(keys)),
         )  # fmt: skip
     table = table_of(prior.config, options.prior_steps or advice.steps)
     return sample_prior(
-        prior.config, advice.sampler, options.candidates or advice.candidates, prior.params,
+        prior.config, advice.sampler, options.candidates or advice.candidates, on_device(prior.params),
         Whitening(**prior.constants["whitening"]), keys, text, null, table, per_picture(guidance, len(keys)),
         np.float32(advice.eta), _clean_variance(prior) if advice.sampler == "analytic" else None,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from unclip_jax.generate import check, check_seeds, generate_ranked
 from unclip_jax.inputs import BUCKETS, Options, options_of
 from unclip_jax.output import Progress, check_writable, destinations, draw_and_save, warn
 from unclip_jax.sample_command import PRESETS
+from unclip_jax.sharding import place
 
 MOST_PICTURES = 10_000
 MOST_CHARACTERS = 10_000  # of a prompt; the tokenizer reads no further
@@ -63,7 +64,10 @@ def open_cascade(options: argparse.Namespace) -> tuple[Cascade, Options]:
     """The cascade and the checked options of a call."""
     if options.preset and options.steps is not None:
         raise ValueError("--preset chooses the steps of the decoder: leave out --steps, or the preset")
-    cascade = load_cascade(options.weights or SHIPPED, options.dtype, options.upsampler)
+    offload = options.offload if options.strategy is None else "always"  # a mesh reads its parts from the files
+    cascade = load_cascade(options.weights or SHIPPED, options.dtype, options.upsampler, offload)
+    if options.strategy is not None:
+        cascade = cascade.change(lambda network: network._replace(params=place(network.params)))
     if options.preset:
         if not cascade.decoder.config.network.empty_null_text:  # type: ignore[union-attr]
             raise ValueError("presets are of cascades like Karlo: choose --steps for this one")

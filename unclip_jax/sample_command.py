@@ -52,14 +52,26 @@ def weights(parser: argparse.ArgumentParser, chosen: bool = True) -> None:
     parser.add_argument("--weights", action=_Joined, help=what)
     if not chosen:
         return
+    dtype(parser)
+    parser.add_argument(
+        "--offload",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="load stages in turn: always, never, or where all would take most of the device's memory (default auto)",
+    )
+    parser.add_argument("--strategy", help="how devices share the work: dp, fsdp, tp, spatial, fsdp=4,tensor=2 ...")
+    parser.add_argument("--upsampler", type=Path, metavar="FILE", help="append an upsampler_<size>.safetensors of ours")
+    parser.add_argument("--preset", choices=PRESETS, help="Karlo's: 25 decoder steps, or 50")
+
+
+def dtype(parser: argparse.ArgumentParser) -> None:
+    """What a cascade computes in."""
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="of parameters and compute (auto: what the device is fast in for published weights, float32 for ours)",
     )
-    parser.add_argument("--upsampler", type=Path, metavar="FILE", help="append an upsampler_<size>.safetensors of ours")
-    parser.add_argument("--preset", choices=PRESETS, help="Karlo's: 25 decoder steps, or 50")
 
 
 class _Joined(argparse.Action):

@@ -1,7 +1,12 @@
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -9,6 +14,7 @@ import pytest
 # Nothing of the package is imported up here: pytest loads this file before jaxtyping's import hook is in place.
 
 DOWN = ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D")
+REPOSITORY = "owner/karlo"
 UP = ("ResnetUpsampleBlock2D", "SimpleCrossAttnUpBlock2D")
 
 
@@ -174,3 +180,148 @@ def tiny_karlo(oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> Tiny
         loaded.append(kind.from_pretrained(root / name))
         loaded[-1].set_progress_bar_config(disable=True)
     return TinyKarlo(root / "text", root / "picture", *loaded)
+
+
+class Server(ThreadingHTTPServer):
+    """Repositories by commit, and what is to go wrong with them."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.commits: dict[str, dict[str, bytes]] = {}
+        self.branches: dict[tuple[str, str], str] = {}
+        self.refusals: dict[str, tuple[int, str]] = {}  # part of a path -> status and the hub's code for it
+        self.cuts: dict[str, int] = {}  # file -> how often it breaks off in its middle
+        self.log: list[tuple[str, str, str]] = []  # method, path, range
+
+    def push(self, files: dict[str, bytes], repository: str = REPOSITORY, branch: str = "main") -> str:
+        contents = [(name, hashlib.sha256(data).hexdigest()) for name, data in sorted(files.items())]
+        commit = hashlib.sha1(json.dumps([repository, contents]).encode()).hexdigest()
+        self.commits[commit], self.branches[repository, branch] = files, commit
+        return commit
+
+    def fetched(self) -> list[str]:
+        """The files of which bytes were sent, once per request."""
+        return [path.split("/", 5)[5] for method, path, _ in self.log if method == "GET" and "/resolve/" in path]
+
+
+def point(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
+    """Sends the client to a port of the loopback instead of the hub."""
+    from huggingface_hub import constants
+
+    hub = constants.ENDPOINT
+    for name, value in vars(constants).copy().items():
+        if isinstance(value, str) and value.startswith(hub):
+            monkeypatch.setattr(constants, name, value.replace(hub, f"http://127.0.0.1:{port}", 1))
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        self.server.log.append((self.command, path, self.headers.get("Range", "")))
+        for part, (status, code) in self.server.refusals.items():
+            if part in path:
+                return self.answer(status, {"X-Error-Code": code}, b"{}")
+        match [unquote(part) for part in path.split("/")[1:]]:
+            case ["api", "models", owner, name, "revision" | "tree" as what, revision]:
+                file = ""
+            case [owner, name, "resolve" as what, revision, *parts]:
+                file = "/".join(parts)
+            case _:
+                return self.answer(404, {}, b"{}")
+        repository = f"{owner}/{name}"
+        if (repository, "main") not in self.server.branches:
+            return self.answer(404, {"X-Error-Code": "RepoNotFound"}, b"{}")
+        commit = self.server.branches.get((repository, revision), revision)
+        if commit not in self.server.commits:
+            return self.answer(404, {"X-Error-Code": "RevisionNotFound"}, b"{}")
+        files = self.server.commits[commit]
+        if what == "revision":
+            listing = {"id": repository, "sha": commit, "siblings": [{"rfilename": file} for file in files]}
+            return self.answer(200, {}, json.dumps(listing).encode())
+        if what == "tree":
+            tree = [{"type": "file", "path": file, "size": len(files[file]), "oid": "0" * 40} for file in files]
+            return self.answer(200, {}, json.dumps(tree).encode())
+        if file not in files:
+            return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, b"")
+        data = files[file]
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        first = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        if "Range" in self.headers:
+            headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+        cut = self.command == "GET" and self.server.cuts.get(file, 0) > 0
+        if cut:
+            self.server.cuts[file] -= 1
+        self.answer(206 if first else 200, headers, data[first:], cut)
+
+    def answer(self, status: int, headers: dict[str, str], body: bytes, cut: bool = False) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[: len(body) * 15 // 16] if cut else body)
+        if cut:
+            self.wfile.flush()
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """An empty hub; the client sees no other machine, no other cache and no one's login."""
+    from huggingface_hub import constants
+
+    connect, elsewhere = socket.socket.connect, []
+
+    def loopback(self: socket.socket, address: tuple) -> None:
+        if address[0] != "127.0.0.1":
+            elsewhere.append(address)
+            raise ConnectionRefusedError(address)
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", loopback)
+    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with Server() as running:
+        point(monkeypatch, running.server_port)
+        settings = {
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+            "HF_STORED_TOKENS_PATH": str(tmp_path / "tokens"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
+        yield running
+        running.shutdown()
+    assert elsewhere == []
+
+
+@pytest.fixture
+def unplug(monkeypatch: pytest.MonkeyPatch):
+    """Makes the network go away: nobody listens on the port of the endpoint."""
+
+    def unplugged() -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            point(monkeypatch, free.getsockname()[1])
+
+    return unplugged

@@ -198,7 +198,7 @@ half, bfloat16 = peak(lambda: load_params(entries, source, expected, "bfloat16")
 held = lambda: source._replace(arrays={name: np.array(array) for name, array in source.arrays.items()})
 _, everything_first = peak(lambda: load_params(entries, held(), expected))
 
-mesh = make_mesh(fsdp=jax.device_count())
+mesh = make_mesh("fsdp")
 shardings = shard_state(expected, mesh)
 place = lambda path, shape: shardings[path[0]][path[1]]
 split, sharded = peak(lambda: load_params(entries, source, expected, "auto", place))

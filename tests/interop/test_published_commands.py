@@ -46,12 +46,13 @@ def load():
 
 @pytest.fixture
 def unclip(load, tiny_karlo, tmp_path, capsys, monkeypatch):
-    """Runs a command in a folder with two pictures and a mask; gives exit code, lines of output and lines of errors."""
+    """Runs a command in a folder with three pictures; gives exit code, lines of output and lines of errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sample, "load_cascade", load)
     rng = np.random.default_rng(0)
     for name in ("a.png", "b.png"):
         Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(name)
+    Image.fromarray(rng.integers(0, 256, (45, 32, 3), np.uint8)).save("high.png")
     capsys.readouterr()
 
     def run(*arguments: str, folders: tuple[Path, ...] = (tiny_karlo.text, tiny_karlo.picture)):
@@ -86,10 +87,10 @@ def test_every_command_runs_on_a_published_folder(unclip, arguments, sides):
 
 
 def test_settings_of_variations_are_the_decoder_s_own(unclip, load, tiny_karlo):
-    assert unclip("variations", "a.png", "--n", "2", "--size", "16", "--preset", "fast")[0] == 0
+    assert unclip("variations", "high.png", "--n", "2", "--size", "16", "--preset", "fast")[0] == 0
     about = json.loads(Image.open("unclip.png").text["settings"])
     assert (about["steps"], about["guidance"]) == (25, 8.0)
-    picture = np.asarray(Image.open("a.png"))
+    picture = np.asarray(Image.open("high.png"))
     cascade = load(tiny_karlo.picture)
     drawn = variations(cascade, picture, 2, options=Options(size=16))
     assert np.abs(drawn[0].astype(int) - np.asarray(Image.open("unclip.png"))).max() <= 1

@@ -32,6 +32,11 @@ class Tensor:
     dtype: np.dtype
     read: Callable[[], np.ndarray]
 
+    @property
+    def size(self) -> int:
+        """Numbers in it."""
+        return math.prod(self.shape)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """The array itself, for numpy."""
         return np.asarray(self.read(), self.dtype if dtype is None else dtype)

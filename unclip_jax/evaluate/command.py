@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip_jax import compile_cache
-from unclip_jax.cascade import SHIPPED, load_cascade, load_checked, load_clip
+from unclip_jax.cascade import SHIPPED, in_dtype, load_cascade, load_checked, load_clip
 from unclip_jax.checkpoint.schema import CheckpointError
 from unclip_jax.config import ArPriorConfig, PriorConfig, UpsamplerConfig
 from unclip_jax.evaluate.report import Figures, Report, table, write
@@ -59,26 +59,26 @@ def _evaluate(options: Namespace, folder: str | Path) -> tuple[Report, dict[str,
             from unclip_jax.evaluate.faithfulness import Faithfulness
             from unclip_jax.evaluate.ranking import ranking_report
 
-            cascade = load_cascade(folder)
+            cascade = load_cascade(folder, options.dtype)
             shown = options.n or 256, 0, options.shuffle, False, options.seed, _sampling(options), options.objects
             task = Faithfulness(*shown)
             return ranking_report(cascade, task), {"cascade": cascade.digest}
         case "edits":
             from unclip_jax.evaluate.edits import EditTask, edits_report
 
-            cascade = load_cascade(folder)
+            cascade = load_cascade(folder, options.dtype)
             task = EditTask(options.n or 64, options.seed, _sampling(options))
             return edits_report(cascade, task), {"cascade": cascade.digest}
         case "painting":
             from unclip_jax.evaluate.painting import PaintingTask, painting_report
 
-            cascade = load_cascade(folder)
-            paint = PaintingTask(options.n or 64, options.large, options.seed, _sampling(options))
+            cascade = load_cascade(folder, options.dtype)
+            paint = PaintingTask(options.n or 64, options.large, options.seed, _sampling(options), options.method)
             return painting_report(cascade, paint), {"cascade": cascade.digest}
         case "clip":
             from unclip_jax.evaluate.retrieval import clip_report
 
-            clip = load_clip(folder)
+            clip = in_dtype(load_clip(folder), options.dtype)
             return clip_report(clip, options.n or 8), {"clip": clip.digest}
         case "prior":
             from unclip_jax.evaluate.retrieval import prior_report
@@ -86,11 +86,12 @@ def _evaluate(options: Namespace, folder: str | Path) -> tuple[Report, dict[str,
 
             if options.compare and options.prior == "ar":
                 raise ValueError("the autoregressive prior has no variances to compare: leave out --compare")
-            clip = load_clip(folder)
+            clip = in_dtype(load_clip(folder), options.dtype)
             if options.prior == "ar":
                 prior = load_checked(Path(folder) / "ar_prior.safetensors", ArPriorConfig, clip)
             else:
                 prior = load_checked(Path(folder) / "prior.safetensors", PriorConfig, clip)
+            prior = in_dtype(prior, options.dtype)
             report = (compare_samplers if options.compare else prior_report)(
                 clip, prior, options.n or 4, options.seed, _sampling(options)
             )
@@ -107,7 +108,7 @@ def _scenes(options: Namespace, folder: str | Path) -> tuple[Report, dict[str, s
         return truth_report(count, options.shuffle, objects=options.objects), {}
     if options.true_embedding and options.rank_from not in (None, 1):
         raise ValueError("pictures of the true embedding are not ranked: leave out --rank-from or --true-embedding")
-    cascade = load_cascade(folder)
+    cascade = load_cascade(folder, options.dtype)
     task = Faithfulness(
         count, options.large, options.shuffle, options.true_embedding, options.seed, _sampling(options), options.objects
     )
@@ -120,7 +121,7 @@ def _upsamplers(options: Namespace, folder: str | Path) -> tuple[Report, dict[st
     paths = sorted(Path(folder).glob("upsampler_*.safetensors"))
     if not paths:
         raise CheckpointError(f"there is no upsampler_<size>.safetensors in '{folder}': check --weights")
-    networks = {path.stem: load_checked(path, UpsamplerConfig) for path in paths}
+    networks = {path.stem: in_dtype(load_checked(path, UpsamplerConfig), options.dtype) for path in paths}
     networks = dict(sorted(networks.items(), key=lambda pair: pair[1].config.network.size))  # type: ignore[union-attr]
     figures: Figures = {}
     rows = []

@@ -29,13 +29,14 @@ SHOWN = 16  # columns of the sheet
 class PaintingTask(NamedTuple):
     """What is measured: so many held-out scenes of two objects, the first `large` at the largest size too.
 
-    seed: of the first picture.
+    seed: of the first picture. method: the only one to measure, None: every one that the cascade has.
     """
 
     pictures: int = 64
     large: int = 0
     seed: int = 0
     options: Options = RECOMMENDED
+    method: Method | None = None
 
 
 class Case(NamedTuple):
@@ -79,6 +80,7 @@ def painting_report(cascade: Cascade, task: PaintingTask) -> Report:
     }
     rows = [np.where(known.repaint[..., None], np.uint8(128), known.picture)]
     methods: list[Method] = ["resample"] if cascade.inpaint is None else ["resample", "finetuned"]
+    methods = methods if task.method is None else [task.method]
     for method in methods:
         added = _paint(cascade, known, [case.target.caption for case in cases], task.seed, small, method)
         removed = _paint(cascade, known, [case.rest.caption for case in cases], task.seed, small, method)

@@ -15,6 +15,7 @@ from unclip_jax.data.emoji import OPPOSITE, Renderer, Scene, Scenes
 from unclip_jax.data.loader import scenes_of
 from unclip_jax.evaluate.report import Figures, Report
 from unclip_jax.inputs import RECOMMENDED, Options, Text, embed_images, encode, picture_keys
+from unclip_jax.offload import on_device
 from unclip_jax.priors import prior_embeddings
 
 SET = 64  # scenes that a query chooses from
@@ -104,13 +105,13 @@ def hard_sets(scenes: Scenes, kinds: Sequence[str], sets: int) -> list[tuple[Sce
 def encode_captions(clip: Network, captions: Sequence[str]) -> Text:
     """Captions through CLIP's own tokenizer and text tower."""
     tokens = tokenizer_from(clip).encode(list(captions))
-    return encode(clip.config, clip.params, tokens.ids, tokens.mask)
+    return encode(clip.config, on_device(clip.params), tokens.ids, tokens.mask)
 
 
 def embed_pictures(clip: Network, pictures: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, "b z"]:
     """CLIP's image embeddings at unit length."""
     assert isinstance(clip.config.network, ClipConfig)
-    return np.asarray(embed_images(clip.config.network, clip.params, pictures))
+    return np.asarray(embed_images(clip.config.network, on_device(clip.params), pictures))
 
 
 def _embed_sets(

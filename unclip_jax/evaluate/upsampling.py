@@ -16,6 +16,7 @@ from unclip_jax.evaluate.report import Report
 from unclip_jax.generate import upsample
 from unclip_jax.inputs import picture_keys, table_of
 from unclip_jax.models.upsampler import resize_low
+from unclip_jax.offload import on_device
 from unclip_jax.stages import to_model, to_pixels
 
 SHOWN = 6  # rows of the sheet per upsampler
@@ -52,7 +53,7 @@ def upsampler_report(upsampler: Network, count: int = 32, seed: int = 0) -> Repo
     assert isinstance(config, UpsamplerConfig)
     scenes, renderer = scenes_of(upsampler.config.data, "held_out"), Renderer()
     advice = upsampler.config.sample
-    steps = table_of(upsampler.config, advice.steps)
+    steps, params = table_of(upsampler.config, advice.steps), on_device(upsampler.params)
     scores, rows = [], []
     name = f"{config.low_size} to {config.size} px"
     for index in tqdm(range(count), desc=name, unit="picture", dynamic_ncols=True):
@@ -61,7 +62,7 @@ def upsampler_report(upsampler: Network, count: int = 32, seed: int = 0) -> Repo
         rng = np.random.default_rng([seed, index])
         low = degrade(config.degradation, true, config.size // config.low_size, rng)[None]
         keys = picture_keys(seed + index, 1)
-        drawn = upsample(upsampler.config, advice.sampler, upsampler.params, keys, low, steps, np.float32(advice.eta))
+        drawn = upsample(upsampler.config, advice.sampler, params, keys, low, steps, np.float32(advice.eta))
         three = np.stack([np.asarray(bicubic(low, config.size))[0], np.asarray(to_pixels(drawn))[0], true])
         scores.append(psnr(three[:2], true))
         if index < SHOWN:

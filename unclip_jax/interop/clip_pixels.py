@@ -11,7 +11,7 @@ from PIL import Image
 from unclip_jax.checkpoint.schema import CheckpointError
 from unclip_jax.config import ClipConfig
 from unclip_jax.models.clip import preprocess
-from unclip_jax.pictures import MOST_PIXELS
+from unclip_jax.pictures import square
 
 
 def clip_pixels(
@@ -27,20 +27,10 @@ def clip_pixels(
 
 def _middle(picture: Image.Image | np.ndarray, side: int) -> UInt8[np.ndarray, "{side} {side} 3"]:
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    width, height = image.size
-    if not width * height:
-        raise ValueError(f"a picture of {width} x {height} pixels shows nothing")
-    short, long = sorted(image.size)
-    long = int(side * long / short)
-    if side * long > MOST_PIXELS:
-        raise ValueError(f"a picture of {width} x {height} pixels is too thin for CLIP: cut it to what matters first")
-    size = (side, long) if width <= height else (long, side)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    resized = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    left, top = (size[0] - side) // 2, (size[1] - side) // 2
-    return np.asarray(resized.crop((left, top, left + side, top + side)))
+    return square(np.asarray(image.convert("RGB")), side)
 
 
 def preprocessor(config: ClipConfig) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
         help="say what a folder or file of weights holds",
         description="Say what a folder or file of weights holds, ours or published, and whether its parts fit.",
     )
-    look.add_argument("path", type=Path)
+    look.add_argument("path", help="folder or file, or owner/name[@revision] on the hub, which is fetched")
     look.set_defaults(run=_inspect)
 
 
@@ -75,12 +75,13 @@ def _export(options: argparse.Namespace) -> None:
         with new_folder(options.out) as folder:
             clip_folder(network.params, config, folder, tokenizer)
     else:
-        cascade = load_folders([path], place="file") if is_published(path) else load_cascade(path)
+        cascade = load_folders([path], place="file") if is_published(path) else load_cascade(path, offload="always")
         export_cascade(cascade, options.out)
     print(options.out)
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    from unclip_jax.interop.hub import is_repository, snapshot
     from unclip_jax.interop.inspecting import inspect, table
 
-    print(table(inspect(options.path)))
+    print(table(inspect(snapshot(options.path, clip=True).folder if is_repository(options.path) else options.path)))

@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -32,6 +32,7 @@ SAMPLED = 4096  # bytes of a tensor that its digest reads
 PRIOR = SampleConfig(sampler="ddpm", steps=25, guidance=4.0, candidates=1)  # diffusers' defaults, as are the next two
 DECODER = SampleConfig(sampler="ddpm", steps=25, guidance=8.0)
 UPSAMPLER = SampleConfig(sampler="ddpm", steps=7)
+AnyDtype = Dtype | Literal["auto"]
 
 
 def is_published(folder: str | Path) -> bool:
@@ -39,10 +40,11 @@ def is_published(folder: str | Path) -> bool:
     return (Path(folder) / PUBLISHED).is_file()
 
 
-def load_folders(folders: Sequence[str | Path], dtype: Dtype = "float32", place: Place | None = None) -> Cascade:
+def load_folders(folders: Sequence[str | Path], dtype: AnyDtype = "auto", place: Place | None = None) -> Cascade:
     """The cascade of published folders, on devices, parameters and compute in `dtype`; place: as for `load_params`.
 
-    Raises CheckpointError in one sentence for what is missing, damaged, or does not belong together.
+    dtype: `auto` keeps the parameters' and computes in float32. Raises CheckpointError in one sentence for what is
+    missing, damaged, or does not belong together.
     """
     parts = _Parts([Path(folder) for folder in folders])
     _check_one_clip(parts)
@@ -88,7 +90,7 @@ class _Parts:
         return open_source(find_weights(self.path(component), stem))
 
 
-def _clip(parts: _Parts, dtype: Dtype, place: Place | None) -> tuple[Network, Any]:
+def _clip(parts: _Parts, dtype: AnyDtype, place: Place | None) -> tuple[Network, Any]:
     """Both towers, or the text tower alone, and the tokenizer."""
     towers = [parts.settings("text_encoder")]
     pixels = None
@@ -127,7 +129,7 @@ def _check_one_clip(parts: _Parts) -> None:
                 )
 
 
-def _prior(parts: _Parts, clip: ClipConfig, of: str, dtype: Dtype, place: Place | None) -> Network:
+def _prior(parts: _Parts, clip: ClipConfig, of: str, dtype: AnyDtype, place: Place | None) -> Network:
     config = karlo.prior_config(parts.settings("prior"))
     diffusion = karlo.diffusion_config(parts.settings("prior_scheduler", "scheduler_config.json"))
     run = TrainConfig("karlo_prior", config, diffusion, PRIOR)
@@ -148,7 +150,7 @@ def _statistics(found: dict[str, np.ndarray], config: PriorConfig, source: Tenso
     return {name.removeprefix("clip_"): np.array(array, np.float32).reshape(-1) for name, array in found.items()}
 
 
-def _decoder(parts: _Parts, clip: ClipConfig, of: str, dtype: Dtype, place: Place | None) -> Network:
+def _decoder(parts: _Parts, clip: ClipConfig, of: str, dtype: AnyDtype, place: Place | None) -> Network:
     config = karlo.decoder_config(parts.settings("decoder"), parts.settings("text_proj"), clip.context_length)
     diffusion = karlo.diffusion_config(parts.settings("decoder_scheduler", "scheduler_config.json"))
     run = TrainConfig("karlo_decoder", config, diffusion, DECODER)
@@ -163,7 +165,7 @@ def _decoder(parts: _Parts, clip: ClipConfig, of: str, dtype: Dtype, place: Plac
     return _network(run.name, config, params, of, _digest(sources), dtype, run)
 
 
-def _upsampler(parts: _Parts, decoder: Network, dtype: Dtype, place: Place | None) -> Network:
+def _upsampler(parts: _Parts, decoder: Network, dtype: AnyDtype, place: Place | None) -> Network:
     """Both U-Nets as one network; the last one's config leaves its size to the first's."""
     low = decoder.config.network.size  # type: ignore[union-attr]
     config = karlo.upsampler_config(parts.settings("super_res_first"), low)
@@ -195,12 +197,13 @@ def _network(
     params: Any,
     clip: str | None,
     digest: str,
-    dtype: Dtype,
+    dtype: AnyDtype,
     run: TrainConfig | None = None,
     constants: Any = None,
 ) -> Network:
     run = run or TrainConfig(name, config)
-    return Network(computing_in(run, dtype), params, constants or {}, clip, digest, {})
+    computed = run if dtype == "auto" else computing_in(run, dtype)
+    return Network(computed, params, constants or {}, clip, digest, {})
 
 
 def _digest(sources: Sequence[TensorSource]) -> str:

@@ -1,4 +1,4 @@
-"""Published weights from the hub: what a cascade needs of a repository, through the hub's own client and its cache."""
+"""Published weights from the hub: what a cascade or a CLIP needs of a repository, through the hub's own client."""
 
 import errno
 import os
@@ -14,6 +14,7 @@ from unclip_jax.checkpoint.schema import CheckpointError
 from unclip_jax.checkpoint.sources import PICKLED_STEMS, PICKLES, find_weights, locate, read_table
 
 INDEX = "model_index.json"
+ALONE = "config.json"  # what a CLIP's own repository has in its place
 STEM = "diffusion_pytorch_model"
 COMPONENTS: dict[str, str | None] = {  # folders that a cascade reads, and how their weights files are called
     "text_encoder": "model",
@@ -33,7 +34,7 @@ TIMEOUT = 10.0  # seconds
 DAMAGED = "delete it and fetch it again"  # a file in the cache, which the client takes for whole
 WORD = r"\w[\w.-]*"  # begins with no dot, so no part of a path is `..`
 NAME = re.compile(rf"(?P<repository>{WORD}/{WORD})(@(?P<revision>{WORD}(/{WORD})*))?", re.ASCII)
-SETTINGS = re.compile(rf"(?P<component>\w+)/(?!.*\.index\.){WORD}\.(json|txt)", re.ASCII)
+SETTINGS = re.compile(rf"(?P<component>(\w+/)?)(?!.*\.index\.){WORD}\.(json|txt)", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -54,9 +55,10 @@ def is_repository(name: str) -> bool:
     return bool(NAME.fullmatch(name)) and path.suffix not in (".safetensors", ".json", *PICKLES) and not path.exists()
 
 
-def snapshot(name: str) -> Snapshot:
+def snapshot(name: str, clip: bool = False) -> Snapshot:
     """The files of `owner/name` or `owner/name@revision` (a branch, tag or commit) that a cascade reads.
 
+    clip: a repository of a CLIP alone, in Hugging Face's layout, will do too, and then what that needs is fetched.
     Only what the cache lacks is fetched: settings, and of every component's weights the file that `find_weights`
     prefers. A broken connection is taken up where it broke, and whole files that arrived are kept for the next call.
     A commit that the cache holds is not asked for again; where the hub does not answer, the cache's newest commit of
@@ -67,9 +69,10 @@ def snapshot(name: str) -> Snapshot:
         raise CheckpointError(f"'{name[:80]}' names no repository: give owner/name or owner/name@revision")
     repository, revision = parsed["repository"], parsed["revision"] or "main"
     hub = _client()
+    first = (INDEX, ALONE) if clip else (INDEX,)
     with _explained(name):
-        cached = hub.try_to_load_from_cache(repository, INDEX, revision=revision)
-    held = Path(cached).parent if isinstance(cached, str) else None
+        cached = [hub.try_to_load_from_cache(repository, file, revision=revision) for file in first]
+    held = next((Path(path).parent for path in cached if isinstance(path, str)), None)
     if held and COMMIT.fullmatch(revision) and _is_whole(held):
         return Snapshot(held, repository, held.name)
     try:
@@ -85,10 +88,12 @@ def snapshot(name: str) -> Snapshot:
         print(f"unclip: {reason}: '{repository}' is the cache's, at {held.name}", file=sys.stderr)
         return Snapshot(held, repository, held.name)
     files = {sibling.rfilename for sibling in siblings or ()}
-    if INDEX not in files:
-        raise CheckpointError(f"'{name}' has no {INDEX}: give a repository that holds a pipeline in diffusers' layout")
+    index = next((file for file in first if file in files), None)
+    if index is None:
+        layout = "a pipeline in diffusers' layout" + (" or a CLIP" if clip else "")
+        raise CheckpointError(f"'{name}' has no {' and no '.join(first)}: give a repository that holds {layout}")
     with _explained(name):  # by the revision's name, so that the cache knows the commit when it is offline
-        folder = Path(hub.hf_hub_download(repository, INDEX, revision=revision)).parent
+        folder = Path(hub.hf_hub_download(repository, index, revision=revision)).parent
     _complete(name, folder, files)
     return Snapshot(folder, repository, folder.name)
 
@@ -106,12 +111,12 @@ def _client() -> ModuleType:
 def _complete(name: str, folder: Path, files: set[str]) -> None:
     """Fetches what a snapshot that has its index still lacks of the files that the repository lists."""
     components = _components(folder)
-    weights = {_weights(component, stem, files) for component in components if (stem := COMPONENTS[component])}
+    weights = {_weights(component, stem, files) for component, stem in components.items() if stem}
     indices = {file for file in weights if file.endswith(".json")}
     settings = {file for file in files if (match := SETTINGS.fullmatch(file)) and match["component"] in components}
     # Weights come last: where all of them lie, everything does.
     _fetch(name, folder, settings | indices)
-    shards = {f"{Path(file).parent}/{shard}" for file in indices for shard in _shards(folder / file)}
+    shards = {file[: file.rfind("/") + 1] + shard for file in indices for shard in _shards(folder / file)}
     if absent := sorted(shards - files):
         raise CheckpointError(f"'{name}' lacks '{absent[0][:120]}', which its index names: ask its owner for the shard")
     _fetch(name, folder, weights - indices | shards)
@@ -130,14 +135,21 @@ def _fetch(name: str, folder: Path, files: Iterable[str]) -> None:
             raise CheckpointError(f"'{file}' of '{name}' did not arrive: run again, and all that did is kept")
 
 
-def _components(folder: Path) -> list[str]:
-    """The components of a pipeline that a cascade reads; those that the pipeline leaves out are nulls in its index."""
+def _components(folder: Path) -> dict[str, str | None]:
+    """The folders that are read, each with a slash, and how their weights files are called; a CLIP's own is ``.
+
+    Components that a pipeline leaves out are nulls in its index.
+    """
+    if not (folder / INDEX).is_file():
+        if (kind := read_table(folder / ALONE, DAMAGED).get("model_type")) != "clip":
+            raise CheckpointError(f"'{folder / ALONE}' is of a model of type {kind!r}: give an unCLIP or a CLIP")
+        return {"": "model"}
     index = read_table(folder / INDEX, DAMAGED)
     found = [name for name in COMPONENTS if isinstance(entry := index.get(name), list) and any(entry)]
     if "decoder" not in found:
         kind = str(index.get("_class_name"))[:80]
         raise CheckpointError(f"'{folder / INDEX}' lists no decoder but is of '{kind}': give a repository of an unCLIP")
-    return found
+    return {f"{name}/": COMPONENTS[name] for name in found}
 
 
 def _weights(component: str, stem: str, files: set[str]) -> str:
@@ -145,9 +157,9 @@ def _weights(component: str, stem: str, files: set[str]) -> str:
     for base, ending in ((stem, "safetensors"), (PICKLED_STEMS.get(stem, stem), "bin")):
         for middle in ("", ".fp16"):
             for name in (f"{base}{middle}.{ending}", f"{base}.{ending}.index{middle}.json"):
-                if f"{component}/{name}" in files:
-                    return f"{component}/{name}"
-    raise CheckpointError(f"the repository's {component} has neither {stem}.safetensors nor a .bin: give another")
+                if component + name in files:
+                    return component + name
+    raise CheckpointError(f"the repository has neither {component}{stem}.safetensors nor a .bin: give another")
 
 
 def _shards(index: Path) -> set[str]:
@@ -164,8 +176,8 @@ def _shards(index: Path) -> set[str]:
 def _is_whole(folder: Path) -> bool:
     """Whether a snapshot in the cache has the weights of all its components, shards included."""
     try:
-        for component in _components(folder):
-            if stem := COMPONENTS[component]:
+        for component, stem in _components(folder).items():
+            if stem:
                 path = find_weights(folder / component, stem)
                 for shard in _shards(path) if path.suffix == ".json" else ():
                     locate(path.parent, shard, path)

@@ -48,7 +48,7 @@ def import_weights(
     folders, origins = [], []
     for source in sources:
         if is_repository(source):
-            found = snapshot(source)
+            found = snapshot(source, clip=True)
             folders.append(found.folder)
             origins.append({"source": found.repository, "revision": found.revision})
         else:
@@ -60,8 +60,6 @@ def import_weights(
     match kinds.pop():
         case "diffusers":
             cascade = load_folders(folders, place="file")
-            if cascade.prior is None:
-                raise CheckpointError(f"'{sources[0]}' has no prior: name the text-to-image repository beside it")
         case "original":
             cascade = original_cascade(folders[0], clip)
         case "clip":

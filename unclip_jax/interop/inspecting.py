@@ -108,13 +108,16 @@ def table(report: Report) -> str:
 def _ours(folder: Path, files: list[Path]) -> Report:
     networks = {path.stem: load_network(path, verify=False) for path in files}
     rows = [_our_row(name, network) for name, network in networks.items()]
-    return Report("unclip_jax", rows, _verdict(lambda: _combine(folder, networks)))
+    verdict = _verdict(lambda: _combine(folder, networks))
+    if verdict == "yes" and "prior" not in networks:
+        verdict = "yes, but without prior.safetensors it needs pictures to start from"
+    return Report("unclip_jax", rows, verdict)
 
 
 def _combine(folder: Path, networks: dict[str, Network]) -> None:
     """Raises CheckpointError where load_cascade would, as far as headers tell."""
     clip = networks.get("clip")
-    for name in ("clip", "prior", "decoder"):
+    for name in ("clip", "decoder"):
         if name not in networks:
             raise CheckpointError(f"'{folder}' has no {name}.safetensors")
     assert clip is not None
@@ -132,7 +135,7 @@ def _combine(folder: Path, networks: dict[str, Network]) -> None:
     upsamplers.sort(key=lambda network: network.config.network.size)  # type: ignore[union-attr]
     tokenizer: Any = None  # not asked
     decoder, inpaint = networks["decoder"], networks.get("inpaint")
-    cascade = Cascade(tokenizer, clip, networks["prior"], decoder, tuple(upsamplers), (), None, inpaint)
+    cascade = Cascade(tokenizer, clip, networks.get("prior"), decoder, tuple(upsamplers), (), None, inpaint)
     check_cascade(cascade, str(folder))
 
 

@@ -33,9 +33,9 @@ def load_params(
 
     expected: nested dicts of shapes, such as `jax.eval_shape` of the network's initialiser. dtype: of floating
     parameters; `auto` keeps the file's (64 bits become 32 where jax is set so). place: the sharding of the parameter of
-    a path and shape; None is the default device, and with `file` nothing is read: the leaves are Tensors in the dtype
-    of the file. ignore: patterns such as `*.position_ids` of tensors in the file that
-    are no parameters.
+    a path and shape; None is the default device, and with `file` nothing is read: the leaves are Tensors, which are
+    read and cast whenever they are used. ignore: patterns such as `*.position_ids` of tensors in the file that are no
+    parameters.
     Raises CheckpointError before anything is read where a tensor is missing, unknown or mis-shaped, and where the
     entries do not fill every leaf of `expected` exactly once.
     """
@@ -59,7 +59,7 @@ def load_params(
         for key in entry.ours[:-1]:
             node = node.setdefault(key, {})
         if place == "file":
-            node[entry.ours[-1]] = Tensor(shape, source.dtypes[entry.theirs], read)
+            node[entry.ours[-1]] = Tensor(shape, _target(source.dtypes[entry.theirs], dtype), read)
         else:
             node[entry.ours[-1]] = _put(read(), dtype, place(entry.ours, shape) if place else default)
     return tree
@@ -69,10 +69,13 @@ def _read(source: TensorSource, entry: Entry, shape: tuple[int, ...]) -> np.ndar
     return to_ours(entry, source.read(entry.theirs), shape)
 
 
+def _target(found: np.dtype, dtype: Dtype | Literal["auto"]) -> np.dtype:
+    return found if dtype == "auto" or not jnp.issubdtype(found, jnp.floating) else jnp.dtype(dtype)
+
+
 def _put(array: np.ndarray, dtype: Dtype | Literal["auto"], sharding: Sharding) -> jax.Array:
     """A mapped array on devices; done when it returns, so that no copy of the one before is left."""
-    kept = dtype == "auto" or not jnp.issubdtype(array.dtype, jnp.floating)
-    target = jax.dtypes.canonicalize_dtype(array.dtype if kept else jnp.dtype(dtype))
+    target = jax.dtypes.canonicalize_dtype(_target(array.dtype, dtype))
     # Always a copy: on a CPU jax may keep the array that it is given, and the file may change or go away.
     return jax.make_array_from_callback(
         array.shape, sharding, lambda index: np.array(array[index], target, order="C")

@@ -24,7 +24,10 @@ def get_config() -> TrainConfig:
         ),
         diffusion=DiffusionConfig(prediction="x0", timestep_mean=0.5, timestep_scale=1.4),
         sample=SampleConfig(sampler="ddim", steps=8),
-        data=DataConfig(size=256, crop=64, low_size=64, degradation="blur", batch_size=16, single_fraction=0.5),
+        # Every other crop belongs to a picture that the decoder of the same folder drew.
+        data=DataConfig(
+            size=256, crop=64, low_size=64, degradation="blur", batch_size=16, single_fraction=0.5, redrawn=4096
+        ),
         optim=OptimConfig(learning_rate=1e-3, warmup=100, decay_steps=800, ema=0.995),
         steps=900,
         preview_every=300,

@@ -22,10 +22,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
 from unclip_jax.cascade import SHIPPED, Cascade
+from unclip_jax.checkpoint.safetensors import Network
 from unclip_jax.config import ClipConfig, DecoderConfig, SampleConfig, TrainConfig, UpsamplerConfig
 from unclip_jax.diffusion import gaussian, samplers
 from unclip_jax.diffusion.guidance import classifier_free, score_guided
-from unclip_jax.diffusion.inpainting import Known, keep_known, mask_channels, resampled
+from unclip_jax.diffusion.inpainting import Known, resampled
 from unclip_jax.diffusion.schedule import StepTable, make_schedule
 from unclip_jax.inputs import (
     BUCKETS,
@@ -35,9 +36,11 @@ from unclip_jax.inputs import (
     Options,
     Sampler,
     Text,
+    beside_of,
     clipped,
     doubled,
     encode,
+    keeping,
     per_picture,
     picture_keys,
     sampler_step,
@@ -46,11 +49,14 @@ from unclip_jax.inputs import (
 )
 from unclip_jax.models.decoder import Decoder
 from unclip_jax.models.upsampler import Upsampler, resize_low
+from unclip_jax.offload import on_device
 from unclip_jax.priors import prior_embeddings
 from unclip_jax.rank import Candidates, ClipGuidance, candidate_keys, chosen, clip_scores, picture_score
+from unclip_jax.sharding import row_ways
 from unclip_jax.stages import to_model, to_pixels
 from unclip_jax.types import Denoise, Keys, Params
 
+FINE_SEAM = 8  # px that the correction of a seam reaches at an upsampler's size; a decoder's reaches everywhere
 JUMP, RESAMPLES = 0.1, 5  # share of the steps that make a stretch, and how often each is walked, without training
 
 
@@ -110,7 +116,7 @@ def decode(
 ) -> Float[Array, "b h w 3"]:
     """Pictures in [-1, 1] at the decoder's size from embeddings and captions; start is x_T, None: noise of the keys."""
     assert isinstance(config.network, DecoderConfig)
-    beside = _beside(config.network, known)
+    beside = beside_of(config.network, known)
     denoise = guided_decoder(config, params, embedding, text, guidance, rescale, beside=beside, null=null)
     if clip is not None and clip_guidance is not None:
         score = picture_score(clip, clip_guidance.params, text.embedding)
@@ -118,22 +124,9 @@ def decode(
         denoise = clipped(config.diffusion, pulled)
     own, side = stage_keys(keys, DECODER), config.network.size
     x = samplers.initial_noise(own, (side, side, 3)) if start is None else start
-    step = _keeping(sampler_step(sampler, make_schedule(config.diffusion), config.diffusion, eta), config, known)
+    step = sampler_step(sampler, make_schedule(config.diffusion), config.diffusion, eta)
+    step, denoise = keeping(step, denoise, config, known, side)
     return jnp.clip(samplers.run(step, denoise, own, x, table), -1, 1)
-
-
-def _beside(network: DecoderConfig, known: Known | None) -> Float[Array, "b h w 4"] | None:
-    """The further input channels of a decoder that was trained to inpaint."""
-    if known is None or network.unet.in_channels == 3:
-        return None
-    return mask_channels(to_model(jnp.asarray(known.picture)), jnp.asarray(known.repaint))
-
-
-def _keeping(step: samplers.Step, config: TrainConfig, known: Known | None) -> samplers.Step:
-    if known is None:
-        return step
-    x0, repaint = to_model(jnp.asarray(known.picture)), jnp.asarray(known.repaint)[..., None]
-    return keep_known(step, make_schedule(config.diffusion), x0, repaint)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -159,7 +152,8 @@ def upsample(
     denoise = clipped(config.diffusion, gaussian.denoiser(config.diffusion, schedule, apply))
     own = stage_keys(keys, UPSAMPLER + size)
     x = samplers.initial_noise(own, (size, size, 3))
-    step = _keeping(sampler_step(sampler, schedule, config.diffusion, eta), config, known)
+    step = sampler_step(sampler, schedule, config.diffusion, eta)
+    step, denoise = keeping(step, denoise, config, known, FINE_SEAM)
     return jnp.clip(samplers.run(step, denoise, own, x, table), -1, 1)
 
 
@@ -304,14 +298,14 @@ def _draw_batch(
     pictures = jax.block_until_ready(decode_embeddings(cascade, keys, embedding, text, options, known))
     if options.rank_from == 1:
         return np.asarray(pictures)[:count], np.zeros(count, np.float32)
-    scores = clip_scores(cascade.clip.config, cascade.clip.params, to_pixels(pictures), text.embedding)
+    scores = clip_scores(cascade.clip.config, on_device(cascade.clip.params), to_pixels(pictures), text.embedding)
     return np.asarray(pictures)[:count], np.asarray(scores)[:count]
 
 
 def encode_prompts(cascade: Cascade, prompts: Sequence[str]) -> Text:
     """Prompts through the cascade's tokenizer and text tower."""
     tokens = cascade.tokenizer.encode(list(prompts))
-    return encode(cascade.clip.config, cascade.clip.params, tokens.ids, tokens.mask)
+    return jax.block_until_ready(encode(cascade.clip.config, on_device(cascade.clip.params), tokens.ids, tokens.mask))
 
 
 def null_text(cascade: Cascade) -> Text | None:
@@ -340,14 +334,15 @@ def decode_embeddings(
         known = known.at(decoder.size).padded(len(keys))
         if decoder.unet.in_channels == 3:
             table = resampled(table, max(1, round(JUMP * int(table.length))), options.resamples or RESAMPLES)
-    pull: dict[str, Any] = {}
+    null, pull = null_text(cascade), {}
     if options.clip_guidance:
         scale = jnp.asarray(per_picture(options.clip_guidance, len(keys)))
-        pull = {"clip": cascade.clip.config.network, "clip_guidance": ClipGuidance(cascade.clip.params, scale)}
+        clip = cascade.clip.config.network, on_device(cascade.clip.params)
+        pull = {"clip": clip[0], "clip_guidance": ClipGuidance(clip[1], scale)}
     return decode(
-        network.config, options.sampler or advice.sampler, network.params, keys, embedding, text,
+        network.config, options.sampler or advice.sampler, on_device(network.params), keys, embedding, text,
         table, per_picture(guidance, len(keys)), np.float32(advice.rescale), np.float32(advice.eta), known=known,
-        null=null_text(cascade), **pull,
+        null=null, **pull,
     )  # fmt: skip
 
 
@@ -366,16 +361,29 @@ def finish(
     for network, side in zip(cascade.upsamplers, cascade.sizes[1:], strict=True):
         if pictures.shape[1] >= size:
             break
-        advice = network.config.sample
-        table = table_of(network.config, advice.steps)
-        enlarge, larger = partial(upsample, network.config, advice.sampler, network.params), []
-        # One picture at a time: memory does not grow with their number, and any number shares one program.
-        for row in range(len(pictures)):
-            progress(f"upsampler {side} px")
-            one = slice(row, row + 1)
-            kept = None if known is None else known.rows(one).at(side)
-            eta = np.float32(advice.eta)
-            drawn = enlarge(keys[one], jnp.asarray(pictures[one]), table, eta, kept)
-            larger.append(np.asarray(drawn if side < size else to_pixels(drawn)))
-        pictures = np.concatenate(larger)
+        pictures = _enlarge(network, keys, pictures, side < size, progress, known)
     return pictures if pictures.dtype == np.uint8 else np.asarray(to_pixels(jnp.asarray(pictures)))
+
+
+def _enlarge(
+    network: Network,
+    keys: Keys,
+    pictures: Float[np.ndarray, "b k k 3"] | UInt8[np.ndarray, "b k k 3"],
+    goes_on: bool,
+    progress: Callable[[str], None],
+    known: Known | None,
+) -> Float[np.ndarray, "b h w 3"] | UInt8[np.ndarray, "b h w 3"]:
+    """One upsampler's pictures, in bytes unless another goes on with them."""
+    advice, side = network.config.sample, network.config.network.size  # type: ignore[union-attr]
+    enlarge = partial(upsample, network.config, advice.sampler, on_device(network.params))
+    table, eta, larger = table_of(network.config, advice.steps), np.float32(advice.eta), []
+    # One picture per device at a time: memory does not grow with their number, and any number shares one program.
+    for row in range(0, len(pictures), ways := row_ways()):
+        some = np.arange(row, min(row + ways, len(pictures)))
+        for _ in some:
+            progress(f"upsampler {side} px")
+        filled = np.minimum(np.arange(row, row + ways), len(pictures) - 1)
+        kept = None if known is None else known.rows(slice(row, row + ways)).at(side).padded(ways)
+        drawn = enlarge(keys[filled], jnp.asarray(pictures[filled]), table, eta, kept)
+        larger.append(np.asarray(drawn if goes_on else to_pixels(drawn))[: len(some)])
+    return np.concatenate(larger)

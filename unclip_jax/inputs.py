@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from unclip_jax.config import ClipConfig, DiffusionConfig, TrainConfig
+from unclip_jax.config import ClipConfig, DecoderConfig, DiffusionConfig, TrainConfig
 from unclip_jax.diffusion import samplers
 from unclip_jax.diffusion.guidance import clip_static
-from unclip_jax.diffusion.schedule import Schedule, StepTable, step_table, strided_timesteps
+from unclip_jax.diffusion.inpainting import Known, keep_known, mask_channels
+from unclip_jax.diffusion.schedule import Schedule, StepTable, make_schedule, step_table, strided_timesteps
+from unclip_jax.diffusion.seams import seamless_denoiser
 from unclip_jax.models.clip import TextTower
-from unclip_jax.stages import encode_image
+from unclip_jax.stages import encode_image, to_model
 from unclip_jax.types import Denoise, Keys, Params
 
 Sampler = Literal["ddpm", "ddim", "dpm", "analytic"]
@@ -91,6 +93,24 @@ def clipped(diffusion: DiffusionConfig, denoise: Denoise) -> Denoise:
 def per_picture(value: float, rows: int) -> Float[np.ndarray, " b"]:
     """A setting as data, one number per picture."""
     return np.full((rows,), value, np.float32)
+
+
+def beside_of(network: DecoderConfig, known: Known | None) -> Float[Array, "b h w 4"] | None:
+    """The further input channels of a decoder that was trained to inpaint."""
+    if known is None or network.unet.in_channels == 3:
+        return None
+    return mask_channels(to_model(jnp.asarray(known.picture)), jnp.asarray(known.repaint))
+
+
+def keeping(
+    step: samplers.Step, denoise: Denoise, config: TrainConfig, known: Known | None, reach: int
+) -> tuple[samplers.Step, Denoise]:
+    """Sampler and denoiser that keep what is known and go on from it; reach: px of the seam's correction."""
+    if known is None:
+        return step, denoise
+    x0, repaint = to_model(jnp.asarray(known.picture)), jnp.asarray(known.repaint)
+    kept = keep_known(step, make_schedule(config.diffusion), x0, repaint[..., None])
+    return kept, seamless_denoiser(denoise, x0, repaint, reach)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -86,3 +86,18 @@ def test_splits_and_seeds_differ():
     held_out = take(PLAIN, 1, split="held_out")[0]
     other = take(DataConfig(batch_size=6, seed=4), 1)[0]
     assert not equal(take(PLAIN, 1)[0], held_out) and not equal(take(PLAIN, 1)[0], other)
+
+
+def test_redrawn_pictures_go_with_their_part_of_the_large_one():
+    scenes, renderer = scenes_of(CROPS), Renderer()
+    low = np.stack([area_downsample(renderer.render(scenes[i], 256), 4) for i in range(6)])
+    source, plain = EmojiSource(CROPS, redrawn=low), EmojiSource(CROPS)
+    seen = set()
+    for index in range(32):
+        record = source[index]
+        if index % 2 == 0:
+            assert all(np.array_equal(record[name], plain[index][name]) for name in record)
+            continue
+        np.testing.assert_array_equal(record["low"], area_downsample(record["image"], 4))
+        seen.add(record["tokens"].tobytes())
+    assert len(seen) == len({plain.tokenizer.encode([scenes[i].caption]).ids.tobytes() for i in range(6)})

@@ -1,5 +1,7 @@
 """Analytic variances on Gaussian data, whose exact denoiser, Gamma and covariance have closed forms."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,11 @@ def exact_gamma(deviations):
 
 
 GAMMA = exact_gamma(DEVIATIONS)
+
+
+@partial(jax.jit, static_argnames="visible")
+def variance(clean, t, t_next, visible=np.inf):
+    return reverse_variance(SCHEDULE, clean, visible)(t, t_next)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +101,7 @@ def test_variances_lie_within_the_papers_bounds(gamma):
     for n in (8, 50, 1000):
         timesteps = strided_timesteps(n)
         t, t_next = timesteps[:-1], timesteps[1:]
-        got = np.asarray(reverse_variance(SCHEDULE, jnp.asarray(clean))(jnp.asarray(t), jnp.asarray(t_next)))
+        got = np.asarray(variance(clean, t, t_next))
         kept = ABAR[t] / ABAR[t_next]
         small = REST[t_next] / REST[t] * (1 - kept)
         weight = np.sqrt(ABAR[t_next]) * (1 - kept) / REST[t]
@@ -106,11 +113,10 @@ def test_variances_lie_within_the_papers_bounds(gamma):
 
 
 def test_noise_that_would_be_seen_is_clipped():
-    clean = jnp.asarray(clean_variance(SCHEDULE, np.zeros(1000), 1.0))
-    t, t_next = jnp.array([500, 60, 60]), jnp.array([300, 0, 1])
-    free = reverse_variance(SCHEDULE, clean)(t, t_next)
-    clipped = reverse_variance(SCHEDULE, clean, visible=1 / 127.5)(t, t_next)
-    np.testing.assert_array_equal(clipped[jnp.array([0, 2])], free[jnp.array([0, 2])])
+    clean = clean_variance(SCHEDULE, np.zeros(1000), 1.0)
+    t, t_next = np.array([500, 60, 60]), np.array([300, 0, 1])
+    free, clipped = np.asarray(variance(clean, t, t_next)), np.asarray(variance(clean, t, t_next, visible=1 / 127.5))
+    np.testing.assert_array_equal(clipped[[0, 2]], free[[0, 2]])
     assert np.sqrt(clipped[1] * 2 / np.pi) == pytest.approx(1 / 127.5, rel=1e-5) and free[1] > 2 * clipped[1]
 
 
@@ -118,8 +124,8 @@ def test_the_best_variance_of_a_step_is_that_of_the_true_step():
     # One coordinate: q(x_next | x_t) is Gaussian with the variance of regressing x_next on x_t.
     t, t_next = np.array([900, 500, 100]), np.array([700, 300, 40])
     s2 = 0.6**2
-    clean = jnp.asarray(clean_variance(SCHEDULE, exact_gamma(np.array([0.6]))))
-    got = reverse_variance(SCHEDULE, clean)(jnp.asarray(t), jnp.asarray(t_next))
+    clean = clean_variance(SCHEDULE, exact_gamma(np.array([0.6])))
+    got = variance(clean, t, t_next)
     var, var_next = ABAR[t] * s2 + REST[t], ABAR[t_next] * s2 + REST[t_next]
     covariance = np.sqrt(ABAR[t] / ABAR[t_next]) * var_next
     np.testing.assert_allclose(got, var_next - covariance**2 / var, rtol=1e-3)

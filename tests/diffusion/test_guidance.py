@@ -11,7 +11,7 @@ from unclip_jax.diffusion.schedule import make_schedule, step_table, strided_tim
 from unclip_jax.types import Prediction
 
 B, SHAPE = 3, (3, 4, 4, 3)
-UNCOND, COND, X = jax.random.normal(jax.random.key(0), (3, *SHAPE))
+UNCOND, COND, X = (jnp.asarray(part, jnp.float32) for part in np.random.default_rng(0).normal(size=(3, *SHAPE)))
 T = jnp.array([10, 500, 900])
 SCHEDULE = make_schedule(DiffusionConfig())
 

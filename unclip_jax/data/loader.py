@@ -5,7 +5,7 @@ from typing import SupportsIndex
 
 import grain
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 from unclip_jax.config import DataConfig
 from unclip_jax.data.degrade import degrade
@@ -31,10 +31,18 @@ class EmojiSource:
 
     A record is a dict: image uint8 [s s 3] (a random crop where the config says so), tokens int32 [n], mask bool [n],
     and for upsamplers low uint8 [k k 3], the same part of the picture, reduced and corrupted.
+    redrawn: the first pictures at config.low_size as a decoder draws them; every other record is about these.
     """
 
-    def __init__(self, config: DataConfig, split: Split = "train", tokenizer: ClipTokenizer | None = None) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        split: Split = "train",
+        tokenizer: ClipTokenizer | None = None,
+        redrawn: UInt8[np.ndarray, "r k k 3"] | None = None,
+    ) -> None:
         self.config = config
+        self.redrawn = redrawn
         self.scenes = scenes_of(config, split)
         self.tokenizer = tokenizer or tokenizer_of(config)
         self.renderer = Renderer()
@@ -43,12 +51,16 @@ class EmojiSource:
         return ENDLESS
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
-        scene = self.scenes[int(index)]
+        index, low = int(index), None
+        scene = self.scenes[index]
+        if self.redrawn is not None and index % 2:
+            number = index // 2 % len(self.redrawn)
+            scene, low = self.scenes[number], self.redrawn[number]
 
         def draw(window: Window | None) -> UInt8[np.ndarray, "h w 3"]:
             return self.renderer.render(scene, self.config.size, window)
 
-        return record(self.config, self.tokenizer, int(index), scene, draw)
+        return record(self.config, self.tokenizer, index, scene, draw, low)
 
 
 def record(
@@ -57,8 +69,12 @@ def record(
     index: int,
     scene: Scene,
     draw: Callable[[Window | None], UInt8[np.ndarray, "h w 3"]],
+    low: UInt8[np.ndarray, "k k 3"] | None = None,
 ) -> dict[str, np.ndarray]:
-    """The training record of scene number `index`; `draw` gives its picture, or a window of it, at config.size."""
+    """The training record number `index`; `draw` gives the scene's picture, or a window of it, at config.size.
+
+    low: the small picture to go with it, None: the large one, degraded as the config says.
+    """
     tokens = tokenizer.encode([scene.caption])
     row = {"tokens": tokens.ids[0], "mask": tokens.mask[0]}
     if config.low_size is None:
@@ -69,6 +85,9 @@ def record(
     if config.crop is not None:
         window = _crop(rng, scene.items[int(rng.integers(len(scene.items)))], config.size, config.crop, factor)
     image = draw(window)
+    if low is not None:
+        x, y, side = (length // factor for length in window or Window(0, 0, config.size))
+        return row | {"image": image, "low": low[y : y + side, x : x + side]}
     return row | {"image": image, "low": degrade(config.degradation, image, factor, rng)}
 
 
@@ -81,6 +100,20 @@ def _crop(rng: np.random.Generator, item: tuple, size: int, side: int, factor: i
         centre = start * scale + int(rng.integers(extent * scale))
         corner.append(int(np.clip(centre - side // 2, 0, size - side)) // factor * factor)
     return Window(corner[0], corner[1], side)
+
+
+class _Rows:
+    """Some rows of every batch of a source, those of one batch after those of the one before."""
+
+    def __init__(self, source: EmojiSource, batch: int, rows: Int[np.ndarray, " r"]) -> None:
+        self.source, self.batch, self.rows = source, batch, rows
+
+    def __len__(self) -> int:
+        return len(self.source) // self.batch * len(self.rows)
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, np.ndarray]:
+        step, place = divmod(int(index), len(self.rows))
+        return self.source[step * self.batch + int(self.rows[place])]
 
 
 def _stack(records: Sequence[dict[str, np.ndarray]]) -> Batch:
@@ -96,9 +129,15 @@ def batches(
     tokenizer: ClipTokenizer | None = None,
     threads: int = 1,
     buffer: int = 4,
+    rows: Int[np.ndarray, " r"] | None = None,
+    redrawn: UInt8[np.ndarray, "r k k 3"] | None = None,
 ) -> Iterator[Batch]:
-    """Batches of a config from step `start` on, as numpy arrays, read ahead by threads."""
-    data = grain.MapDataset.source(EmojiSource(config, split, tokenizer))
-    data = data.batch(config.batch_size, batch_fn=_stack)[start:]
+    """Batches of a config from step `start` on, as numpy arrays, read ahead by threads.
+
+    rows: those of every batch that this host reads (`sharding.host_rows`), None: all of them. redrawn: see EmojiSource.
+    """
+    rows = np.arange(config.batch_size) if rows is None else rows
+    data = grain.MapDataset.source(_Rows(EmojiSource(config, split, tokenizer, redrawn), config.batch_size, rows))
+    data = data.batch(len(rows), batch_fn=_stack)[start:]
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=buffer)
     return iter(data.to_iter_dataset(options))

@@ -1,0 +1,92 @@
+"""Floating-point operations of a traced function, counted from its jaxpr with every loop multiplied out.
+
+A multiplication and an addition are two; matrix products and convolutions alone count, as is usual for a model's FLOPs.
+"""
+
+import math
+import re
+from collections import defaultdict
+from typing import Any, NamedTuple
+
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+
+class Work(NamedTuple):
+    """FLOPs by the path of the module that asked for them.
+
+    model: without what rematerialisation computes again. again: that.
+    """
+
+    model: dict[str, float]
+    again: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        """Of the model alone, as model FLOPs utilisation counts."""
+        return float(sum(self.model.values()))
+
+
+def count(jaxpr: ClosedJaxpr | Jaxpr, trips: int = 1) -> Work:
+    """FLOPs of a jaxpr over all devices; trips: iterations of loops whose number is data, as a sampler's."""
+    work = Work(defaultdict(float), defaultdict(float))
+    _add(work, _open(jaxpr), 1.0, "", trips)
+    return work
+
+
+def _open(jaxpr: Any) -> Jaxpr:
+    return jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+
+
+def _add(work: Work, jaxpr: Jaxpr, times: float, outer: str, trips: int) -> None:
+    for eqn in jaxpr.eqns:
+        path = f"{outer}/{eqn.source_info.name_stack}"
+        name = eqn.primitive.name
+        if name in ("dot_general", "conv_general_dilated"):
+            flops = times * (_dot(eqn) if name == "dot_general" else _conv(eqn))
+            # In a backward pass, what is neither transposed nor kept from before is computed again.
+            repeated = "rematted_computation" in path and "transpose(" not in path.rsplit("rematted_computation", 1)[1]
+            (work.again if repeated else work.model)[_module(path)] += flops
+            continue
+        match name:
+            case "scan":
+                inner = times * eqn.params["length"]
+            case "while":
+                inner = times * trips
+            case "pallas_call":
+                inner = times * math.prod(eqn.params["grid_mapping"].grid)
+            case "shard_map":
+                manual = eqn.params.get("manual_axes") or eqn.params["mesh"].axis_names
+                inner = times * math.prod(eqn.params["mesh"].shape[axis] for axis in manual)
+            case "cond":
+                branches = [count(branch, trips) for branch in eqn.params["branches"]]
+                largest = max(branches, key=lambda branch: branch.total)
+                for ours, theirs in zip(work, largest, strict=True):
+                    for key, value in theirs.items():
+                        ours[_module(f"{path}/{key}")] += times * value
+                continue
+            case _:
+                inner = times
+        for value in eqn.params.values():
+            for part in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(part, ClosedJaxpr | Jaxpr):
+                    _add(work, _open(part), inner, path, trips)
+
+
+def _module(path: str) -> str:
+    """The modules in a name stack, without transformations: jvp(Decoder)/unet/stem -> Decoder/unet/stem."""
+    words = re.sub(r"\b(?:transpose|jvp|vmap|jit|checkpoint|rematted_computation|remat)\b|[()]", "", path)
+    return "/".join(word for word in words.split("/") if word)
+
+
+def _dot(eqn: Any) -> float:
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * depth
+
+
+def _conv(eqn: Any) -> float:
+    numbers, kernel = eqn.params["dimension_numbers"].rhs_spec, eqn.invars[1].aval.shape
+    taps = math.prod(kernel[axis] for axis in numbers[2:])
+    # Where the input is spread out by zeros, that share of the taps meets none.
+    spread = math.prod(eqn.params["lhs_dilation"])
+    return 2.0 * math.prod(eqn.outvars[0].aval.shape) * taps * kernel[numbers[1]] / spread

@@ -1,0 +1,123 @@
+"""The child process of a plan: builds the step, counts it, compiles it; its parent reads what the compiler dumps.
+
+`python -m unclip_jax.plan.worker FOLDER` reads request.json there and writes traced.json, then done.json or failed.txt.
+"""
+
+import gc
+import json
+import math
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+TPU_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",  # the compiler needs no backend of its own
+    "TPU_SKIP_MDS_QUERY": "1",  # nor a cloud machine's metadata
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # else a second planner dies of the first one's lock
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "JAX_COMPILATION_CACHE_DIR": "",  # entries of a compiler without a device cannot be read back
+}
+
+
+def main(folder: Path) -> None:
+    """Works the request off; see the module."""
+    start = time.monotonic()
+
+    import jax
+
+    from unclip_jax import sharding
+    from unclip_jax.plan import flops
+    from unclip_jax.plan.request import Request
+    from unclip_jax.plan.steps import build_step
+
+    request = Request.from_json(json.loads((folder / "request.json").read_text()))
+    devices = _devices(request)
+    mesh = sharding.make_mesh(request.strategy, devices)
+    step = build_step(request.config, request.clip, request.what, request.batch, mesh)  # type: ignore[arg-type]
+    platform = devices[0].platform
+    with sharding.on(mesh):
+        traced = step.function.trace(*step.arguments)
+        work = flops.count(traced.jaxpr, step.trips)
+        lowered = traced.lower(lowering_platforms=("tpu",)) if platform == "tpu" else traced.lower()
+    facts = {
+        "chips": len(devices),
+        "kind": devices[0].device_kind,
+        "mesh": dict(mesh.shape),
+        "places": [list(getattr(device, "coords", ())) for device in mesh.devices.flat],
+        "slices": [getattr(device, "slice_index", 0) or 0 for device in mesh.devices.flat],
+        "images": step.images,
+        "trips": step.trips,
+        "parameters": step.parameters,
+        "model": work.model,
+        "again": work.again,
+        "state_bytes": _bytes_per_device(step.arguments[0]),
+        "seconds": time.monotonic() - start,
+    }
+    _write(folder / "traced.json", facts)
+    # The compiler needs the memory that tracing took.
+    del traced, work, step
+    jax.clear_caches()
+    gc.collect()
+    options: Any = {"xla_dump_to": str(folder / "dump"), "xla_dump_hlo_as_text": True} if platform == "tpu" else None
+    compiled = lowered.compile(compiler_options=options)
+    memory: Any = compiled.memory_analysis()
+    done = {name: getattr(memory, f"{name}_size_in_bytes", 0) for name in ("argument", "output", "temp", "alias")}
+    if platform == "tpu":
+        from jax.experimental import serialize_executable
+
+        # Kept for a slice of the same chips, jax and libtpu: `deserialize_and_load` there starts at once.
+        (folder / "executable").write_bytes(serialize_executable.serialize(compiled)[0])
+    else:
+        (folder / "program.txt").write_text(compiled.as_text())
+    _write(folder / "done.json", {**done, "seconds": time.monotonic() - start})
+
+
+def _end_with_parent() -> None:
+    """Ends this process soon after its parent has: nobody would read what it finds."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _devices(request: Any) -> list[Any]:
+    import jax
+
+    if request.slice is None:
+        return jax.devices()
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc(**request.slice.request()).devices)
+
+
+def _bytes_per_device(tree: Any) -> float:
+    import jax
+
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(values))
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    _end_with_parent()
+    try:
+        main(place)
+    except Exception as error:  # the parent tells the user
+        (place / "failed.txt").write_text(f"{type(error).__name__}\n{error}")
+        if os.environ.get("UNCLIP_DEBUG"):
+            raise
+        sys.exit(1)

@@ -14,6 +14,7 @@ from unclip_jax.config import (
     ClipConfig,
     DecoderConfig,
     NetworkConfig,
+    OptimConfig,
     PriorConfig,
     UNetConfig,
     UpsamplerConfig,
@@ -23,7 +24,10 @@ from unclip_jax.models.clip import Clip
 from unclip_jax.models.decoder import Decoder, init_decoder
 from unclip_jax.models.prior import Prior
 from unclip_jax.models.upsampler import Upsampler, init_upsampler
-from unclip_jax.types import Params
+from unclip_jax.optim import optimizer
+from unclip_jax.sharding import RULES, Strategy, abstract_mesh, shard_state
+from unclip_jax.sharding.rules import path_name, rule_of
+from unclip_jax.types import Params, TrainState
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MILLION = 1_000_000
@@ -91,6 +95,36 @@ def count(tree: Params) -> int:
 def test_paper_sizes(name: str, part: str, expected: int) -> None:
     tree = shapes(network(name))
     assert count(tree[part] if part else tree) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem[:5] in ("dalle", "karlo"))
+)
+def test_an_eighth_of_the_train_state_lies_on_each_of_eight_devices(name: str) -> None:
+    """And tensor splits every large leaf: no rule is missing."""
+    params = shapes(network(name))
+
+    def create(params: Params) -> TrainState:
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, params, optimizer(OptimConfig(), params).init(params), zero)
+
+    state = jax.eval_shape(create, params)
+    shardings = shard_state(state, abstract_mesh(Strategy(fsdp=8)))
+    pairs = list(zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True))
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf, _ in pairs)
+    each = sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in pairs)
+    assert total / 8 <= each <= 1.05 * total / 8
+    split = shard_state(params, abstract_mesh(Strategy(tensor=2)))
+    whole = jax.tree.map(lambda leaf, place: leaf.size if place.is_fully_replicated else 0, params, split)
+    assert max(jax.tree.leaves(whole)) < 2 * MILLION
+
+
+def test_every_rule_is_used() -> None:
+    names = ("dalle2_clip", "dalle2_decoder", "dalle2_prior", "karlo_decoder", "dalle2_ar_prior")
+    leaves = [
+        path_name(path) for name in names for path, _ in jax.tree_util.tree_leaves_with_path(shapes(network(name)))
+    ]
+    assert {rule_of(leaf) for leaf in leaves} - {None} == set(RULES)
 
 
 def test_glide_upsampler() -> None:

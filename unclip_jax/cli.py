@@ -4,24 +4,27 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from textwrap import fill
 
 from unclip_jax import __version__, edit_command, paint_command, sample_command
 from unclip_jax.interop import commands as interop_command
+from unclip_jax.plan import command as plan_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, or 1 after one sentence on standard error."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.run is not _train:
+    if rest and options.run not in (_train, plan_command.run):
         parser.error(f"unknown option {rest[0]}; see unclip {options.command} --help")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         options.rest = rest
-        return options.run(options) or 0
+        with _devices(options):
+            return options.run(options) or 0
     except KeyboardInterrupt:
         print("\nunclip: stopped", file=sys.stderr)
         return 130
@@ -31,6 +34,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"unclip: {message}", file=sys.stderr)
         return 1
+
+
+def _devices(options: argparse.Namespace) -> AbstractContextManager[None]:
+    """What a command that samples with a --strategy runs in; others make their own mesh, or need none."""
+    if options.command == "plan" or vars(options).get("strategy") is None:
+        return nullcontext()
+    from unclip_jax.sharding import make_mesh, on
+
+    return on(make_mesh(options.strategy))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     edit_command.add_parsers(commands)
     paint_command.add_parsers(commands)
     interop_command.add_parsers(commands)
+    plan_command.add_parser(commands)
 
     vocabulary = commands.add_parser("vocabulary", help="list the words that a cascade was trained on")
     sample_command.weights(vocabulary, chosen=False)
@@ -51,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="measure a cascade on held-out scenes")
     evaluate.add_argument("what", choices=("scenes", "ranking", "edits", "clip", "prior", "upsamplers", "painting"))
     sample_command.weights(evaluate, chosen=False)
+    sample_command.dtype(evaluate)
     evaluate.add_argument(
         "--n",
         type=int,
@@ -62,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     sample_command.sampling(evaluate)
     evaluate.add_argument("--rank-from", type=int, help="scenes (1), ranking (16): pictures that CLIP chooses from")
     evaluate.add_argument("--resamples", type=int, help="painting: as of unclip inpaint")
+    evaluate.add_argument("--method", choices=("resample", "finetuned"), help="painting: this one alone (default both)")
     evaluate.add_argument("--compare", action="store_true", help="prior: small and analytic variance at 8 to 64 steps")
     evaluate.add_argument("--true-embedding", action="store_true", help="scenes: CLIP's embedding, not the prior's")
     evaluate.add_argument("--truth", action="store_true", help="scenes: score true renders, the scorer's own check")
@@ -87,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--init-from", type=Path, help="start from the parameters of a weights file")
     train.add_argument("--no-resume", action="store_true", help="refuse to go on from a checkpoint in --out")
     train.add_argument("--cpu-devices", type=int, help="split the processor into so many devices")
+    train.add_argument("--hosts", type=int, help="processes that train together, each with this command")
+    train.add_argument("--host", type=int, help="which of them this is, counted from 0")
+    train.add_argument("--coordinator", metavar="ADDRESS[:PORT]", help="of host 0 (port 8482 and the next)")
+    train.add_argument(
+        "--host-timeout", type=float, default=60.0, help="seconds until a host that is not heard of counts as gone (60)"
+    )
     train.set_defaults(run=_train)
     return parser
 
@@ -113,21 +134,35 @@ def _analytic(options: argparse.Namespace) -> None:
     analytic_to_file(options)
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int | None:
     from unclip_jax.overrides import apply, load_config
 
     config = apply(load_config(options.config), options.rest)
+    if str(options.out).startswith("gs:"):
+        raise ValueError("--out is a folder: mount the bucket, as tpu_scripts/setup.sh does, and give its place")
     import jax
 
-    from unclip_jax import compile_cache
+    from unclip_jax import compile_cache, hosts
+    from unclip_jax.preemption import Preempted
+    from unclip_jax.preflight import facts_of
 
     if options.cpu_devices:
         jax.config.update("jax_num_cpu_devices", options.cpu_devices)
     compile_cache.enable()
-    from unclip_jax.run import train
-    from unclip_jax.sharding import make_mesh
+    found = hosts.find(options.hosts, options.host, options.coordinator)
+    facts = (
+        {} if found is None else facts_of(config, {"--out": options.out.absolute(), "--init-from": options.init_from})
+    )
+    try:
+        with hosts.together(found, facts, options.out, options.host_timeout) as watchdog:
+            from unclip_jax.run import train
+            from unclip_jax.sharding import make_mesh
 
-    train(config, options.out, make_mesh(), init_from=options.init_from, resume=not options.no_resume)
+            resume, mesh = not options.no_resume, make_mesh(config.strategy)
+            train(config, options.out, mesh, init_from=options.init_from, resume=resume, watchdog=watchdog)
+    except Preempted as stopped:
+        print(f"unclip: {stopped}", file=sys.stderr)
+        return stopped.code
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Frozen dataclasses, one per network and one per concern; every default is written here and nowhere else."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 PredictionType = Literal["epsilon", "x0", "v"]
+# What a block keeps for its backward pass: everything, its convolutions and matrix products, or its input alone.
+Remat = Literal["none", "products", "block"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class TransformerConfig:
     causal: bool = False
     dropout: float = 0.0
     dtype: Dtype = "float32"  # compute; parameters are float32 in training
+    remat: Remat = field(default="none", compare=False)  # the same network, whichever it is
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class UNetConfig:
     patch: int = 1  # folds patch x patch pixels into channels before the stem
     position_grid: int | None = None  # learned positions for a fixed grid of this side (after the fold), None: none
     dtype: Dtype = "float32"
+    remat: Remat = field(default="none", compare=False)
 
     @property
     def embedding_dim(self) -> int:
@@ -197,6 +201,7 @@ class DataConfig:
     batch_size: int = 32
     context_length: int = 32
     stored: int = 0  # embed so many pictures once and train on those; 0 embeds every picture as it comes
+    redrawn: int = 0  # so many small pictures drawn by the cascade's own decoder, which every other record shows
     group: int = 1  # scenes in groups that differ in one thing: CLIP's hard negatives
     seed: int = 0
 
@@ -216,10 +221,26 @@ class TrainConfig:
     optim: OptimConfig = OptimConfig()
     steps: int = 10_000
     seed: int = 0
+    strategy: str = "dp"  # of the devices: dp, fsdp, tp, hsdp, spatial, or sizes such as fsdp=4,tensor=2
+    remat: Remat | None = None  # of every block of the network, None: as its parts say
     clip: str | None = None  # folder or file of the frozen CLIP that prior and decoder are trained on
     log_every: int = 20
     preview_every: int = 500
     save_every: int = 500
-    keep: int = 2
+    keep: int = 2  # newest checkpoints
+    keep_best: int = 1  # of lowest loss in training, beside the newest
     max_skipped: int = 10  # consecutive non-finite updates before training stops
     tags: dict[str, str] = field(default_factory=dict, hash=False)  # a config is a static argument, hashed
+
+
+def with_remat(network: NetworkConfig, remat: Remat) -> NetworkConfig:
+    """The same network, each of whose blocks keeps what `remat` says."""
+    match network:
+        case ClipConfig():
+            vision, text = replace(network.vision, remat=remat), replace(network.text, remat=remat)
+            return replace(network, vision=vision, text=text)
+        case PriorConfig() | ArPriorConfig():
+            return replace(network, transformer=replace(network.transformer, remat=remat))
+        case DecoderConfig() | UpsamplerConfig():
+            encoder = network.text_encoder and replace(network.text_encoder, remat=remat)
+            return replace(network, unet=replace(network.unet, remat=remat), text_encoder=encoder)

@@ -27,6 +27,11 @@ def learning_rate(config: OptimConfig, step: Int[Array, ""] | int) -> Float[Arra
     return config.learning_rate * rise * fall
 
 
+def updates_done(opt_state: Any) -> Int[Array, ""]:
+    """How many updates an optimiser has made: steps that were skipped do not count."""
+    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
+
+
 def decay_mask(params_shape: Any) -> Any:
     """Tree of booleans, true where weight decay applies.
 

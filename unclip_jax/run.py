@@ -28,11 +28,15 @@ from unclip_jax.config import (
 from unclip_jax.data.emoji import caption_words
 from unclip_jax.data.loader import batches, scenes_of, tokenizer_of
 from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.hosts import is_first, wait, whole
 from unclip_jax.inputs import embed_images, encode
 from unclip_jax.models import quantiser
+from unclip_jax.redraw import redrawn
+from unclip_jax.sharding import check_batch_size, host_rows
 from unclip_jax.stages import build
 from unclip_jax.train import fit
 from unclip_jax.types import Batch, Params, TrainState
+from unclip_jax.watchdog import Watchdog
 
 FITTED_PICTURES = 8192  # that a prior's constants are fitted on, where it does not train on stored ones
 FITTED = ("whitening", "quantiser")  # names of those constants
@@ -60,11 +64,13 @@ def train(
     *,
     init_from: Path | None = None,
     resume: bool = True,
+    watchdog: Watchdog | None = None,
 ) -> TrainState:
     """Trains a config; checkpoints, logs and samples go to folder/<name>/, the weights into the cascade in `folder`.
 
-    A prior or decoder reads its frozen CLIP from config.clip, else from folder/clip.safetensors.
+    A prior or decoder reads its frozen CLIP from config.clip, else from folder/clip.safetensors. Hosts share `folder`.
     """
+    check_batch_size(config.data.batch_size, mesh, config.optim.accumulate)
     clip = _frozen_clip(config, folder)
     tokenizer = tokenizer_of(config.data) if clip is None else tokenizer_from(clip)
     if isinstance(config.network, ClipConfig) and config.network.vocab_size != tokenizer.vocab_size:
@@ -84,11 +90,13 @@ def train(
     elif config.data.stored:
         raise ValueError("only priors train on stored embeddings: set --data.stored 0")
     context = {} if clip is None else _context(clip, tokenizer, constants)
+    own = host_rows(mesh, config.data.batch_size)
+    lows = redrawn(config.data, folder) if config.data.redrawn else None
 
     def read(step: int) -> Iterator[Batch]:
         if config.data.stored and stored is not None:
-            return _stored_batches(stored, config.data, step)
-        return batches(config.data, start=step, tokenizer=tokenizer)
+            return _stored_batches(stored, config.data, step, own)
+        return batches(config.data, start=step, tokenizer=tokenizer, rows=own, redrawn=lows)
 
     def export(state: TrainState) -> None:
         extra: dict[str, Any] = {"steps": int(state.step), "images": int(state.step) * config.data.batch_size}
@@ -97,10 +105,14 @@ def train(
             words = sorted({word for text in caption_words(scenes) for word in text.replace(",", "").split()})
             extra |= {"kept_ids": list(tokenizer.kept), "words": words, "concepts": [c.name for c in scenes.concepts]}
         identity = None if clip is None else clip.digest
-        path = folder / weights_name(config)
-        save_network(path, config, state.ema, constants=constants, clip=identity, extra=extra)
+        path, average = folder / weights_name(config), whole(state.ema)
+        if is_first():
+            save_network(path, config, average, constants=constants, clip=identity, extra=extra)
 
-    return fit(config, stage, context, read, mesh, folder / config.name, params=params, resume=resume, on_save=export)
+    place = folder / config.name
+    return fit(
+        config, stage, context, read, mesh, place, params=params, resume=resume, on_save=export, watchdog=watchdog
+    )
 
 
 def _frozen_clip(config: TrainConfig, folder: Path) -> Network | None:
@@ -182,9 +194,14 @@ def _embed(data: DataConfig, clip: Network, tokenizer: ClipTokenizer, pictures: 
     """The first pictures of a source, embedded once: later runs on the same CLIP and data read the file."""
     key = hashlib.sha256(repr((data, pictures, clip.digest)).encode()).hexdigest()[:12]
     path = folder / f"embeddings-{key}.npz"
-    if path.exists():
-        with np.load(path) as columns:
-            return Stored(**columns)
+    if is_first() and not path.exists():
+        _embed_to(path, data, clip, tokenizer, pictures)
+    wait(f"embeddings {key}")
+    with np.load(path) as columns:
+        return Stored(**columns)
+
+
+def _embed_to(path: Path, data: DataConfig, clip: Network, tokenizer: ClipTokenizer, pictures: int) -> None:
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), clip.params)
     embed = partial(embed_images, _clip_config(clip))
     rows = []
@@ -193,17 +210,16 @@ def _embed(data: DataConfig, clip: Network, tokenizer: ClipTokenizer, pictures: 
     for batch in tqdm(reader, total=total, desc="embedding pictures", unit="batch", dynamic_ncols=True):
         rows.append(Stored(np.asarray(embed(params, batch.image)), np.asarray(batch.tokens), np.asarray(batch.mask)))
     stored = Stored(*(np.concatenate(column) for column in zip(*rows, strict=True)))
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_suffix(".part.npz")
     np.savez(partial_path, **stored._asdict())
     partial_path.replace(path)
-    return stored
 
 
-def _stored_batches(stored: Stored, data: DataConfig, start: int) -> Iterator[Batch]:
-    """Endless batches of stored embeddings, without pictures; batch s is a pure function of (seed, s)."""
-    blank = np.zeros((data.batch_size, 1, 1, 3), np.uint8)
+def _stored_batches(stored: Stored, data: DataConfig, start: int, own: np.ndarray) -> Iterator[Batch]:
+    """Endless batches of stored embeddings, without pictures; batch s is a pure function of (seed, s); its own rows."""
+    blank = np.zeros((len(own), 1, 1, 3), np.uint8)
     for step in count(start):
         rows = np.random.default_rng([data.seed, step]).integers(0, len(stored.tokens), data.batch_size)
-        chosen = Stored(*(column[rows] for column in stored))
+        chosen = Stored(*(column[rows[own]] for column in stored))
         yield Batch(blank, chosen.tokens, chosen.mask, embedding=chosen.embedding)  # type: ignore[arg-type]

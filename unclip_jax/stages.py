@@ -9,6 +9,7 @@ inpainting the same, and the picture around a mask -> clean picture            C
 upsamplers small corrupted picture, noisy crop of the large one -> clean crop  -
 """
 
+from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +25,9 @@ from unclip_jax.config import (
     PriorConfig,
     TrainConfig,
     UpsamplerConfig,
+    with_remat,
 )
+from unclip_jax.contrastive import contrastive
 from unclip_jax.diffusion import gaussian, samplers
 from unclip_jax.diffusion.guidance import clip_static
 from unclip_jax.diffusion.inpainting import keep_known, mask_channels, random_masks
@@ -46,6 +49,8 @@ def build(config: TrainConfig, clip: ClipConfig | None = None) -> Stage:
 
     Raises ValueError where a prior or decoder is built without one.
     """
+    if config.remat is not None:
+        config = replace(config, network=with_remat(config.network, config.remat), remat=None)
     match config.network:
         case ClipConfig():
             return clip_stage(config.network)
@@ -94,17 +99,7 @@ def clip_stage(config: ClipConfig) -> Stage:
 
     def loss(params: Params, context: Params, batch: Batch, key: PRNGKey):
         image, text, scale = call(clip, params, preprocess(config, batch.image), batch.tokens)
-        logits = scale * jnp.einsum(
-            "iz,tz->it", normalise(image), normalise(text.embedding), precision=jax.lax.Precision.HIGHEST
-        )
-        # Captions that say the same are no negatives of each other.
-        same = jnp.all(batch.tokens[:, None] == batch.tokens[None], axis=-1) & ~jnp.eye(len(logits), dtype=bool)
-        logits = jnp.where(same, -1e9, logits)
-        right = jnp.arange(len(logits))
-        by_image = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=1), right[:, None], 1)
-        by_text = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=0), right[None], 0)
-        value = -(by_image.mean() + by_text.mean()) / 2
-        hits = (jnp.argmax(logits, axis=0) == right).mean()
+        value, hits = contrastive(normalise(image), normalise(text.embedding), scale, batch.tokens)
         return value, {"top1": hits, "scale": scale}
 
     return Stage(init, loss)

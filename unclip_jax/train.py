@@ -1,6 +1,7 @@
 """One loop for all stages: a pure step, and what surrounds it (logs, previews, guard, checkpoints, resume)."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,11 +16,16 @@ from jax.sharding import Mesh
 from PIL import Image
 from tqdm import tqdm
 
+from unclip_jax.checkpoint.schema import CheckpointError
 from unclip_jax.checkpoint.store import Store
+from unclip_jax.checkpoint.writing import replacing
 from unclip_jax.config import TrainConfig
-from unclip_jax.optim import ema_update, learning_rate, optimizer
-from unclip_jax.sharding import check_batch_size, put_batch, replicated, shard_state
+from unclip_jax.hosts import is_first
+from unclip_jax.optim import ema_update, learning_rate, optimizer, updates_done
+from unclip_jax.preemption import Preempted, Preemption
+from unclip_jax.sharding import as_state, check_batch_size, on, put_batch, replicated, rows, shard_state
 from unclip_jax.types import Batch, Params, PRNGKey, Stage, TrainState
+from unclip_jax.watchdog import Watchdog
 
 
 class TrainingError(RuntimeError):
@@ -50,18 +56,20 @@ def train_step(
     if parts == 1:
         (loss, metrics), grads = gradient(state.params, context, batch, key)
     else:
-        pieces = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
+        # Every device cuts its own rows: no row moves between devices.
+        pieces = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
         def add(total: Any, numbered: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             piece, number = numbered
-            part = gradient(state.params, context, piece, jax.random.fold_in(key, number))
-            return jax.tree.map(jnp.add, total, part), None
+            part, grads = gradient(state.params, context, rows(piece), jax.random.fold_in(key, number))
+            return jax.tree.map(jnp.add, total, (part, as_state(grads))), None
 
         first = jax.tree.map(lambda x: x[0], pieces)
         shapes = jax.eval_shape(gradient, state.params, context, first, key)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         total, _ = jax.lax.scan(add, zeros, (pieces, jnp.arange(parts)))
         (loss, metrics), grads = jax.tree.map(lambda x: x / parts, total)
+    grads = as_state(grads)
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     updates, opt_state = optimizer(config.optim, state.params).update(grads, state.opt_state, state.params)
@@ -70,8 +78,8 @@ def train_step(
     accepted = state._replace(params=params, ema=ema, opt_state=opt_state, skipped=jnp.zeros_like(state.skipped))
     refused = state._replace(skipped=state.skipped + 1)
     new = jax.tree.map(partial(jnp.where, finite), accepted, refused)
-    new = new._replace(step=state.step + 1)
-    rate = learning_rate(config.optim, state.step)
+    new = as_state(new._replace(step=state.step + 1))
+    rate = learning_rate(config.optim, updates_done(state.opt_state))
     return new, {"loss": loss, **metrics, "gradient_norm": norm, "learning_rate": rate, "skipped": new.skipped}
 
 
@@ -86,30 +94,44 @@ def fit(
     params: Params | None = None,
     resume: bool = True,
     on_save: Callable[[TrainState], None] | None = None,
+    watchdog: Watchdog | None = None,
 ) -> TrainState:
     """Trains for config.steps updates and returns the last state.
 
     batches: from a step number to the batches that follow. folder: takes checkpoints/, metrics.jsonl, TensorBoard
-    events and samples/. params: a start other than random. on_save: called with every state that is saved.
-    Raises TrainingError after config.max_skipped non-finite updates in a row.
+    events and samples/, of the first process alone. params: a start other than random. on_save: called with every state
+    that is saved, in every process. watchdog: is told of every step. Raises TrainingError after config.max_skipped
+    non-finite updates in a row, Preempted when the machine is to stop and the step is saved.
     """
-    check_batch_size(config.data.batch_size, mesh)
+    check_batch_size(config.data.batch_size, mesh, config.optim.accumulate)
     folder.mkdir(parents=True, exist_ok=True)
-    context = jax.device_put(context, replicated(mesh))
+    context = jax.device_put(context, shard_state(context, mesh, strict=False))
     state = init_state(config, stage, mesh, params)
-    with Store(folder / "checkpoints", config.keep) as store, Log(folder, config) as log:
-        if resume and store.latest() is not None:
+    with (
+        Store(folder / "checkpoints", config.keep, config.keep_best) as store,
+        Log(folder, config) if is_first() else Silence() as log,
+        Preemption() as preemption,
+    ):
+        if store.latest() is not None:
+            if not resume:
+                raise CheckpointError(
+                    f"'{store.folder}' holds step {store.latest()}: resume it or choose another folder"
+                )
             target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
             state, _ = store.restore(target, config)
         step = jax.jit(partial(train_step, config, stage), donate_argnums=0)
-        preview = None if stage.preview is None else jax.jit(stage.preview)
+        preview = None if stage.preview is None else jax.jit(stage.preview, out_shardings=replicated(mesh))
         key, start = jax.random.key(config.seed + 1), int(state.step)
-        examples = None
+        # A run that was resumed shows the same pictures as before.
+        picks = None if preview is None or start == config.steps else _first_rows(next(batches(0)), mesh)
+        losses: list[float] = []
         log.begin(start)
-        for number, rows in zip(range(start, config.steps), batches(start), strict=False):
-            examples = rows if examples is None else examples
-            state, metrics = step(state, context, put_batch(rows, mesh), key)
+        for number, host in zip(range(start, config.steps), batches(start), strict=False):
             done = number + 1
+            if watchdog is not None:
+                watchdog.at(done, "trains")
+            with on(mesh):
+                state, metrics = step(state, context, put_batch(host, mesh), key)
             if done % config.log_every == 0 or done == config.steps:
                 values = {name: float(value) for name, value in metrics.items()}
                 if values["skipped"] >= config.max_skipped:
@@ -117,16 +139,49 @@ def fit(
                         f"the last {int(values['skipped'])} updates up to step {done} had non-finite gradients: lower "
                         f"--optim.learning-rate or set the compute dtype to float32; the last checkpoint is intact"
                     )
+                losses.append(values["loss"])
                 log.write(done, values)
-            if preview is not None and (done % config.preview_every == 0 or done == config.steps):
-                picks = jax.tree.map(lambda x: x[:16], examples)
+            if preview is not None and picks is not None and (done % config.preview_every == 0 or done == config.steps):
                 keys = jax.random.split(jax.random.key(0), len(picks.image))
                 log.pictures(done, np.asarray(preview(state.ema, context, picks, keys)), picks)
-            if done % config.save_every == 0 or done == config.steps:
-                store.save(state, config, {"step": done}, {})
-                if on_save is not None:
+            stop = preemption.reached(done)
+            if done % config.save_every == 0 or done == config.steps or stop:
+                finite = [loss for loss in losses if math.isfinite(loss)]
+                store.save(state, config, {"step": done}, {"loss": float(np.mean(finite))} if finite else {})
+                losses = []
+                if on_save is not None and not stop:
                     on_save(state)
+            if stop and done < config.steps:
+                store.wait()
+                raise Preempted(f"asked to stop, and saved step {done}: the same command goes on from there")
+            if watchdog is not None:
+                watchdog.at(done + 1, "reads its rows of")
     return state
+
+
+def _first_rows(host: Batch, mesh: Mesh) -> Batch:
+    """The first 16 rows of a batch, the same for every process."""
+    cut = jax.jit(lambda batch: jax.tree.map(lambda x: x[:16], batch), out_shardings=replicated(mesh))
+    return cut(put_batch(host, mesh))
+
+
+class Silence:
+    """What a Log is where another process writes it."""
+
+    def __enter__(self) -> "Silence":
+        return self
+
+    def begin(self, step: int) -> None:
+        """Does nothing."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Does nothing."""
+
+    def pictures(self, step: int, samples: np.ndarray, batch: Batch) -> None:
+        """Does nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 class Log:
@@ -136,15 +191,22 @@ class Log:
         self.folder, self.config = folder, config
 
     def __enter__(self) -> "Log":
-        from tensorboardX import SummaryWriter
-
-        self._lines = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(self.folder))
+        self._lines: Any = None
+        self._events: Any = None
         self._bar: Any = None
         return self
 
     def begin(self, step: int) -> None:
-        """Starts the bar and the clock at a step."""
+        """Starts the bar and the clock at a step; what an interrupted run wrote of later steps is forgotten."""
+        from tensorboardX import SummaryWriter
+
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines(True) if _step_of(line) <= step]
+            with replacing(path) as new:
+                new.write_text("".join(kept), encoding="utf-8")
+        self._lines = path.open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
         self._bar = tqdm(total=self.config.steps, initial=step, desc=self.config.name, unit="step", dynamic_ncols=True)
         self._clock, self._last = time.monotonic(), step
 
@@ -157,7 +219,8 @@ class Log:
         self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed:.0f} images/s")
         self._clock, self._last = now, step
         record = {"step": step, "images": step * self.config.data.batch_size, **values}
-        self._lines.write(json.dumps(record) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
+        self._lines.write(json.dumps(finite) + "\n")
         self._lines.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
@@ -173,7 +236,14 @@ class Log:
         Image.fromarray(np.concatenate(rows, axis=0)).save(path)
 
     def __exit__(self, *_: object) -> None:
-        self._lines.close()
-        self._events.close()
-        if self._bar is not None:
-            self._bar.close()
+        for file in (self._lines, self._events, self._bar):
+            if file is not None:
+                file.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; that of a torn one lies beyond all others."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

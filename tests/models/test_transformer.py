@@ -10,7 +10,7 @@ from unclip_jax.config import TransformerConfig
 from unclip_jax.models.transformer import Transformer, attend, quick_gelu
 
 CONFIG = TransformerConfig(width=16, layers=2, heads=4, causal=True)
-X = jax.random.normal(jax.random.key(1), (2, 6, 16))
+X = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 16)), jnp.float32)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Properties of the U-Net, its blocks and what the decoder and upsampler feed it."""
 
 from dataclasses import replace
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from unclip_jax.config import DecoderConfig, TransformerConfig, UNetConfig, UpsamplerConfig
+from unclip_jax.models import unet_blocks
 from unclip_jax.models.decoder import Condition, Decoder, init_decoder
 from unclip_jax.models.unet import UNet
-from unclip_jax.models.unet_blocks import GroupNorm, ResBlock, fold, timestep_embedding, unfold
+from unclip_jax.models.unet_blocks import AttentionBlock, GroupNorm, ResBlock, fold, timestep_embedding, unfold
 from unclip_jax.models.upsampler import Upsampler, init_upsampler, resize_low
 
 CONFIG = UNetConfig(
@@ -29,7 +31,7 @@ DECODER = DecoderConfig(unet=CONFIG, size=8, image_embedding_dim=10, text_dim=14
 
 
 def normal(seed: int, *shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def filled(init) -> dict:
@@ -37,6 +39,11 @@ def filled(init) -> dict:
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(init, jax.random.key(0))
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.2, x.shape), x.dtype), shapes)
+
+
+def begun(init, name: str) -> dict:
+    """Parameters filled like these, but for one layer's, which are those that init gives."""
+    return filled(init) | {name: jax.jit(lambda key: init(key)[name])(jax.random.key(0))}
 
 
 @pytest.fixture(scope="module")
@@ -120,20 +127,41 @@ def test_group_norm_equals_flax(modulated):
 def test_residual_block_shapes_and_identity(resample, side, scale_shift):
     block = ResBlock(8, groups=4, epsilon=1e-5, dtype="float32", scale_shift=scale_shift, resample=resample)
     x, embedding = normal(0, 1, 8, 8, 8), normal(1, 1, 6)
-    params = block.init(jax.random.key(0), x, embedding)
-    assert params["params"]["embedding"]["kernel"].shape == (6, 16 if scale_shift else 8)
-    out = block.apply(params, x, embedding)
-    expected = jax.image.resize(x, (1, side, side, 8), "nearest")
+    params = begun(lambda key: block.init(key, x, embedding)["params"], "conv_1")
+    assert params["embedding"]["kernel"].shape == (6, 16 if scale_shift else 8)
+    out = jax.jit(block.apply)({"params": params}, x, embedding)
+    expected = np.asarray(x)
+    if resample == "up":
+        expected = expected.repeat(2, 1).repeat(2, 2)
     if resample == "down":
-        expected = jnp.asarray(x).reshape(1, 4, 2, 4, 2, 8).mean((2, 4))
+        expected = expected.reshape(1, 4, 2, 4, 2, 8).mean((2, 4))
+    assert expected.shape == (1, side, side, 8)
     np.testing.assert_allclose(out, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("told", ["nothing", "some"])
+def test_attention_in_one_kernel_sees_the_same_keys(told, monkeypatch):
+    """What GPUs run, with the stand-in where cuDNN is absent; hidden tokens may lie anywhere in the context."""
+    block = AttentionBlock(groups=2, epsilon=1e-5, dtype="float32", head_channels=4)
+    mask = jnp.array([[True, False, True, False, True], [False, False, False, True, True]])
+    given = (normal(2, 2, 5, 6), mask) if told == "some" else ()
+    inputs = (normal(1, 2, 4, 4, 8), *given)
+    params = filled(lambda key: block.init(key, *inputs))
+
+    def run():
+        return jax.jit(jax.value_and_grad(lambda params: jnp.square(block.apply(params, *inputs)).sum()))(params)
+
+    expected = run()
+    monkeypatch.setattr(unet_blocks, "flash", lambda query: True)
+    got = run()
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
 
 
 def test_fold_keeps_every_pixel():
     x = normal(0, 2, 8, 4, 3)
     assert fold(x, 2).shape == (2, 4, 2, 12)
     np.testing.assert_array_equal(unfold(fold(x, 2), 2), x)
-    np.testing.assert_array_equal(fold(x, 2)[0, 1, 0, :3], x[0, 2, 0])
+    np.testing.assert_array_equal(np.asarray(fold(x, 2))[0, 1, 0, :3], np.asarray(x)[0, 2, 0])
 
 
 def test_timestep_embedding():
@@ -274,9 +302,9 @@ def test_upsampler_reads_the_low_picture_at_any_size():
 def test_an_untrained_residual_upsampler_says_the_low_picture():
     unet = UNetConfig(in_channels=6, channels=8, multipliers=(1,), depth=1, scale_shift=False, groups=4)
     module = Upsampler(UpsamplerConfig(unet=unet, residual=True))
-    params = init_upsampler(module, jax.random.key(0))
+    params = {"unet": begun(lambda key: init_upsampler(module, key)["unet"], "out")}
     x, low = normal(0, 1, 4, 4, 3), normal(1, 1, 4, 4, 3)
-    np.testing.assert_array_equal(module.apply({"params": params}, x, jnp.asarray([5]), low), low)
+    np.testing.assert_array_equal(jax.jit(module.apply)({"params": params}, x, jnp.asarray([5]), low), low)
 
 
 def test_another_unet_takes_the_last_step():
@@ -284,10 +312,10 @@ def test_another_unet_takes_the_last_step():
     one, two = Upsampler(UpsamplerConfig(unet=unet)), Upsampler(UpsamplerConfig(unet=unet, last_step=True))
     params = filled(lambda key: init_upsampler(two, key))
     assert set(params) == {"unet", "unet_last"}
-    apply = jax.jit(lambda t, x, low: two.apply({"params": params}, x, t, low))
+    apply, apply_one = jax.jit(lambda t, x, low: two.apply({"params": params}, x, t, low)), jax.jit(one.apply)
     x, low = normal(0, 1, 4, 4, 3), normal(1, 1, 4, 4, 3)
     for t, name in ((5, "unet"), (0, "unet_last")):
-        alone = one.apply({"params": {"unet": params[name]}}, x, jnp.asarray([t]), low)
+        alone = apply_one({"params": {"unet": params[name]}}, x, jnp.asarray([t]), low)
         np.testing.assert_allclose(apply(jnp.asarray([t]), x, low), alone, atol=1e-5)
     assert np.abs(apply(jnp.asarray([0]), x, low) - apply(jnp.asarray([5]), x, low)).max() > 1e-3
 

@@ -1,10 +1,12 @@
 """Training checkpoints in a folder: Orbax, with the config and the data position inside."""
 
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,15 +22,21 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathnam
 
 
 class Store:
-    """A folder of training checkpoints, of which the newest `keep` stay.
+    """A folder of training checkpoints, of which the newest `keep` stay, and the `best` of lowest loss.
 
     A save is written in the background and counts only once it is whole, so an interrupted one leaves the one before
     it as the latest; `close` (or leaving the `with` block) waits for it.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2) -> None:
+    def __init__(self, folder: str | Path, keep: int = 2, best: int = 0) -> None:
         self.folder = Path(folder).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_loss,  # without it no metrics are written
+            preservation_policy=_NewestAndBest(keep, best),
+            create=True,
+            cleanup_tmp_directories=True,
+            single_host_load_and_broadcast=jax.process_count() > 1,  # all hosts go on from the same step
+        )
         try:
             self._manager = ocp.CheckpointManager(self.folder, options=options)
         except (OSError, ValueError) as error:
@@ -49,6 +57,7 @@ class Store:
     def save(self, state: TrainState, config: TrainConfig, data_state: dict[str, Any], metrics: dict[str, Any]) -> None:
         """Saves the state under its step, with the data position and metrics (both JSON values) beside it.
 
+        The best checkpoints are those of the lowest metric `loss`.
         Saving a step that is already saved does nothing. Raises CheckpointError where the folder holds a later step
         than this (another run), or cannot be written.
         """
@@ -61,7 +70,7 @@ class Store:
             )
         meta = {"config": to_json(config), "data": data_state, "metrics": metrics}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-        self._write(lambda: self._manager.save(step, args=items))
+        self._write(lambda: self._manager.save(step, args=items, metrics=metrics))
 
     def wait(self) -> None:
         """Waits until the last save is on disk; CheckpointError where it failed."""
@@ -123,6 +132,23 @@ def restore_params_numpy(folder: str | Path, part: str = "ema") -> tuple[TrainCo
         return _train_config(meta, folder), reader.restore(state, args=args)[part]
 
 
+def _loss(metrics: dict[str, float] | None) -> float:
+    return (metrics or {}).get("loss", math.inf)
+
+
+class _NewestAndBest(NamedTuple):
+    """Orbax's question which checkpoints stay, answered."""
+
+    newest: int
+    best: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        ranked = sorted(checkpoints, key=lambda info: (_loss(info.metrics), -info.step))
+        measured = [info for info in ranked if _loss(info.metrics) < math.inf]
+        kept = {info.step for info in (*measured[: self.best], *checkpoints[-self.newest :])}
+        return [info.step in kept for info in checkpoints]
+
+
 def _meta(manager: ocp.CheckpointManager, step: int) -> Any:
     return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
@@ -154,6 +180,7 @@ def _differences(saved: Any, config: Any, path: str) -> list[str]:
     return [
         difference
         for entry in fields(saved)
+        if entry.compare
         for difference in _differences(getattr(saved, entry.name), getattr(config, entry.name), f"{path}.{entry.name}")
     ]
 

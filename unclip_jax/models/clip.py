@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from unclip_jax.config import ClipConfig, TransformerConfig
 from unclip_jax.models.precision import dtype_of, precision_of
 from unclip_jax.models.transformer import Transformer
+from unclip_jax.sharding import convolution
 
 _SMALL = nn.initializers.normal(0.02)
 
@@ -48,7 +49,10 @@ class ImageTower(nn.Module):
         dtype, precision = dtype_of(vision.dtype), precision_of(vision.dtype)
         patch = (config.patch_size, config.patch_size)
         places = (config.image_size // config.patch_size) ** 2 + 1
-        self.patches = nn.Conv(vision.width, patch, patch, "VALID", use_bias=False, dtype=dtype, precision=precision)
+        self.patches = nn.Conv(
+            vision.width, patch, patch, "VALID", use_bias=False, dtype=dtype, precision=precision,
+            conv_general_dilated=convolution("patches"),
+        )  # fmt: skip
         self.class_token = self.param("class_token", _SMALL, (vision.width,))
         self.image_positions = self.param("image_positions", _SMALL, (places, vision.width))
         self.image_norm_in = _norm(vision)

@@ -1,6 +1,7 @@
 """Pre-norm transformer blocks: CLIP's towers, both priors and the decoder's text encoder are made of them."""
 
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -8,9 +9,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from unclip_jax.config import TransformerConfig
+from unclip_jax.models.flash import attend_blocks, suits
 from unclip_jax.models.precision import dtype_of, precision_of
+from unclip_jax.models.remat import remembering
+from unclip_jax.sharding import rows
 
 _MASKED = -1e9
+_FLASH_FROM = 256  # queries
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -26,12 +31,40 @@ def attend(
     precision: jax.lax.Precision | None,
 ) -> Float[Array, "b q h d"]:
     """Scaled dot-product attention, softmax in float32; where mask is false a key is invisible."""
+    if suits(query, mask):
+        return attend_blocks(query, key, value, mask)
     scale = query.shape[-1] ** -0.5
     logits = jnp.einsum("bqhd,bkhd->bhqk", query * scale, key, precision=precision).astype(jnp.float32)
     if mask is not None:
         logits = jnp.where(mask, logits, _MASKED)
     weights = jax.nn.softmax(logits).astype(value.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value, precision=precision)
+
+
+def flash(query: Float[Array, "b q h d"]) -> bool:
+    """Whether these queries are for `attend_flash`; the package's one choice by platform.
+
+    Half precision on NVIDIA GPUs of compute capability 8 or more, and so many queries that logits in memory would
+    cost more than what computes them.
+    """
+    if jax.default_backend() != "gpu" or query.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    device: Any = jax.devices()[0]
+    capable = re.fullmatch(r"([89]|1\d)\.\d", str(device.compute_capability)) is not None
+    return capable and query.shape[1] >= _FLASH_FROM and query.shape[3] in (32, 64, 128)
+
+
+def attend_flash(
+    query: Float[Array, "b q h d"],
+    key: Float[Array, "b k h d"],
+    value: Float[Array, "b k h d"],
+    lengths: Int[Array, " b"] | None,
+) -> Float[Array, "b q h d"]:
+    """`attend` as cuDNN's one kernel, which keeps no logits in memory; the first `lengths` keys are visible."""
+    try:
+        return jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, implementation="cudnn")
+    except (NotImplementedError, RuntimeError):  # shapes that cuDNN does not take, or no cuDNN
+        return jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, implementation="xla")
 
 
 class Memory(NamedTuple):
@@ -41,9 +74,9 @@ class Memory(NamedTuple):
     value: Float[Array, "b n h d"]
 
 
-def empty_memory(config: TransformerConfig, rows: int, length: int) -> tuple[Memory, ...]:
+def empty_memory(config: TransformerConfig, batch: int, length: int) -> tuple[Memory, ...]:
     """Room for the keys and values of `length` tokens in every block, in the compute dtype."""
-    shape = (rows, length, config.heads, config.head_dim or config.width // config.heads)
+    shape = (batch, length, config.heads, config.head_dim or config.width // config.heads)
     blank = jnp.zeros(shape, dtype_of(config.dtype))
     return (Memory(blank, blank),) * config.layers
 
@@ -116,8 +149,12 @@ class Transformer(nn.Module):
             # With a padding mask a row could see nothing at all only if its first token were padding.
             visible = jnp.broadcast_to(causal, (x.shape[0], *causal.shape[1:])) if visible is None else visible & causal
         x = x.astype(dtype_of(self.config.dtype))
+
+        def call(block: Block, x: Array, visible: Array | None) -> Array:
+            return block(x, visible, deterministic)[0]
+
         for block in self.block:
-            x, _ = block(x, visible, deterministic)
+            x = rows(remembering(self.config.remat, call)(block, rows(x), visible))
         return x
 
     def extend(

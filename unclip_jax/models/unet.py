@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Num
 
 from unclip_jax.config import UNetConfig
 from unclip_jax.models.precision import dtype_of
+from unclip_jax.models.remat import remembering
 from unclip_jax.models.unet_blocks import (
     AttentionBlock,
     GroupNorm,
@@ -16,6 +17,7 @@ from unclip_jax.models.unet_blocks import (
     timestep_embedding,
     unfold,
 )
+from unclip_jax.sharding import rows
 
 
 def level_widths(config: UNetConfig) -> tuple[int, ...]:
@@ -68,17 +70,23 @@ class UNet(nn.Module):
         time = dense(config.embedding_dim, config.dtype, "time_1")(nn.silu(hidden))
         if embedding is not None:
             time = time + embedding.astype(time.dtype)
+        time = rows(time)
         if context is not None:
-            context = context.astype(dtype_of(config.dtype))
+            context = rows(context.astype(dtype_of(config.dtype)))
 
         def residual(h: Array, width: int, name: str, resample: str | None = None) -> Array:
             block = ResBlock(
                 width, scale_shift=config.scale_shift, dropout=config.dropout, resample=resample, name=name, **norm
             )
-            return block(h, time, deterministic=deterministic)
+
+            def call(block: ResBlock, h: Array, time: Array) -> Array:
+                return block(h, time, deterministic=deterministic)
+
+            return rows(remembering(config.remat, call)(block, h, time))
 
         def attention(h: Array, name: str) -> Array:
-            return AttentionBlock(head_channels=config.head_channels, name=name, **norm)(h, context, context_mask)
+            block = AttentionBlock(head_channels=config.head_channels, name=name, **norm)
+            return rows(remembering(config.remat, AttentionBlock.__call__)(block, h, context, context_mask))
 
         def positions(h: Array, name: str) -> Array:
             if config.position_grid is None:
@@ -87,7 +95,7 @@ class UNet(nn.Module):
             return h + grid.astype(h.dtype)
 
         h = conv(widths[0], config.dtype, "stem")(fold(x.astype(dtype_of(config.dtype)), config.patch))
-        h = positions(h, "positions")
+        h = rows(positions(h, "positions"))
         skips = [h]
         for level, width in enumerate(widths):
             for block in range(config.depth):

@@ -1,0 +1,73 @@
+"""Mesh axes, the rule table, and the shardings of training states and of batches; nothing else says PartitionSpec.
+
+strategy   names and mixtures -> axis sizes -> a mesh
+rules      a tree of shapes -> where every leaf lies, or why that cannot be
+batches    the rows that a host reads, and the global arrays made of them
+inside     what networks, losses and steps say of the mesh, without naming an axis
+convolution  of pictures and kernels that are split
+"""
+
+from unclip_jax.sharding.batches import batch_sharding, batch_ways, check_batch_size, host_rows, put_batch
+from unclip_jax.sharding.convolution import convolution
+from unclip_jax.sharding.inside import (
+    BLOCK,
+    as_state,
+    on,
+    over_heads,
+    over_rows,
+    place,
+    platform,
+    row_ways,
+    rows,
+    shard_number,
+    shards,
+    shift,
+    total,
+)
+from unclip_jax.sharding.rules import GIANT, RULES, SMALL, Rule, replicated, shard_state
+from unclip_jax.sharding.strategy import (
+    AXES,
+    NAMES,
+    Strategy,
+    abstract_mesh,
+    make_mesh,
+    resolve,
+    slices_of,
+    torus_of,
+)
+
+__all__ = [
+    "AXES",
+    "BLOCK",
+    "GIANT",
+    "NAMES",
+    "RULES",
+    "SMALL",
+    "Rule",
+    "Strategy",
+    "abstract_mesh",
+    "as_state",
+    "batch_sharding",
+    "batch_ways",
+    "check_batch_size",
+    "convolution",
+    "host_rows",
+    "make_mesh",
+    "on",
+    "over_heads",
+    "over_rows",
+    "place",
+    "platform",
+    "put_batch",
+    "replicated",
+    "resolve",
+    "row_ways",
+    "rows",
+    "shard_number",
+    "shard_state",
+    "shards",
+    "shift",
+    "slices_of",
+    "torus_of",
+    "total",
+]

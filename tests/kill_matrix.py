@@ -217,29 +217,37 @@ def restores(folder: Path, devices: int) -> bool:
     return process.exitcode == 0
 
 
+def terminated(folder: Path, processes: int, steps: int) -> dict[str, Any]:
+    """What a SIGTERM to one process did, after two steps of a new run."""
+    kept, broken = folder / "terminated.json", folder / "broken"
+    if not kept.exists():
+        run = start(broken, processes, steps, 10 * SLOW)
+        while len(lines(broken)) < 2 and working(run):
+            time.sleep(0.005)
+        run.processes[-1].terminate()
+        codes = end(run)
+        saved = (broken / "checkpoints" / str(lines(broken)[-1]["step"])).is_dir()
+        kept.write_text(json.dumps({"terminated": codes, "terminated_saved": saved}))
+    return json.loads(kept.read_text())
+
+
 def matrix(folder: Path, processes: int, kills: int, moments: list[str], seed: int, terminate: bool) -> dict[str, Any]:
     """Runs it all, or what is left of it in a folder that was kept; the figures."""
     began = time.monotonic()
-    steps = max(3 * kills, 24)
+    steps = max(3 * kills, 18)
     if not (folder / "whole" / "state.npz").exists():
         codes = end(start(folder / "whole", processes, steps, 0.0))
         assert codes == [0] * processes, (folder / "whole" / "host0.log").read_text()[-3000:]
     broken, kept = folder / "broken", folder / "events.jsonl"
+    results: dict[str, Any] = {"processes": processes, "kills": kills, "steps": steps, "seed": seed}
+    if terminate:  # first, while there are steps left to be stopped in
+        results |= terminated(folder, processes, steps)
     events = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     for number in range(len(events), kills):
         run = start(broken, processes, steps, SLOW)
         events.append(kill(run, moments[number % len(moments)], random.Random(f"{seed} {number}")))
         with kept.open("a") as file:
             print(json.dumps(events[-1]), file=file)
-    results: dict[str, Any] = {"processes": processes, "kills": kills, "steps": steps, "seed": seed}
-    if terminate:
-        run, before = start(broken, processes, steps, SLOW), len(lines(broken))
-        while len(lines(broken)) < before + 2 and working(run):
-            time.sleep(0.005)
-        run.processes[-1].terminate()
-        results["terminated"] = end(run)
-        last = lines(broken)[-1]["step"]
-        results["terminated_saved"] = (broken / "checkpoints" / str(last)).is_dir()
     codes = end(start(broken, processes, steps, 0.0))
     logs = lines(folder / "whole"), lines(broken)
     samples = [(place / "samples" / f"{steps:07d}.png").read_bytes() for place in (folder / "whole", broken)]
@@ -264,7 +272,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--moments", nargs="+", default=["step", "save", "step", "save", "start"])
     parser.add_argument("--restore", type=int, nargs="*", default=[1], help="devices")
-    parser.add_argument("--terminate", action="store_true", help="also SIGTERM to one process, after the kills")
+    parser.add_argument("--terminate", action="store_true", help="also SIGTERM to one process, before the kills")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="is kept, and goes on where it was stopped; else a temporary one")
     parser.add_argument("--out", type=Path, help="figures as JSON")

@@ -180,7 +180,7 @@ def test_buckets_have_to_be_mounted(capsys: pytest.CaptureFixture[str]):
 
 
 def test_two_processes_killed_three_times_end_as_if_nothing_had_happened(tmp_path):
-    """tests/kill_matrix.py: killed in a step, in a save, at the start, then SIGTERM; read again by one device."""
+    """tests/kill_matrix.py: SIGTERM, then killed in a step, in a save, at the start; read again by one device."""
     script, out = Path(__file__).parent / "kill_matrix.py", tmp_path / "kills.json"
     moments = ["step", "save", "start"]
     command = [sys.executable, str(script), "--kills", "3", "--moments", *moments, "--terminate", "--out", str(out)]

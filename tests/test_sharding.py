@@ -202,6 +202,14 @@ with on(make_mesh("fsdp=2,tensor=2,spatial=2")):
     assert placed["conv_0"]["kernel"].addressable_shards[0].data.size == 9 * 16 * 16 // 4
     split = apply(placed)
 assert split.addressable_shards[0].data.shape == (1, 4, 8, 16)
+with on(make_mesh("data=2,spatial=4")):
+    sharding.check_height(8)
+    try:
+        sharding.check_height(6)
+    except ValueError as error:
+        assert "spatial=4 does not divide the 6 rows of these pictures: use spatial=2 and" in str(error)
+    else:
+        raise AssertionError
 np.testing.assert_allclose(split, apply(params), atol=1e-5)
 
 def plain(image, text, scale, tokens):

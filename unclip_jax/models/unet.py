@@ -17,7 +17,7 @@ from unclip_jax.models.unet_blocks import (
     timestep_embedding,
     unfold,
 )
-from unclip_jax.sharding import rows
+from unclip_jax.sharding import check_height, rows
 
 
 def level_widths(config: UNetConfig) -> tuple[int, ...]:
@@ -94,7 +94,10 @@ class UNet(nn.Module):
             grid = self.param(name, nn.initializers.normal(0.02), (1, *h.shape[1:]), jnp.float32)
             return h + grid.astype(h.dtype)
 
-        h = conv(widths[0], config.dtype, "stem")(fold(x.astype(dtype_of(config.dtype)), config.patch))
+        h = fold(x.astype(dtype_of(config.dtype)), config.patch)
+        if not self.is_initializing():
+            check_height(h.shape[1])
+        h = conv(widths[0], config.dtype, "stem")(h)
         h = rows(positions(h, "positions"))
         skips = [h]
         for level, width in enumerate(widths):

@@ -12,6 +12,7 @@ from unclip_jax.sharding.convolution import convolution
 from unclip_jax.sharding.inside import (
     BLOCK,
     as_state,
+    check_height,
     on,
     over_heads,
     over_rows,
@@ -50,6 +51,7 @@ __all__ = [
     "batch_sharding",
     "batch_ways",
     "check_batch_size",
+    "check_height",
     "convolution",
     "host_rows",
     "make_mesh",

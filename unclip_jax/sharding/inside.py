@@ -82,6 +82,18 @@ def _constrained(x: jax.Array, mesh: AbstractMesh) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
+def check_height(height: int) -> None:
+    """Raises ValueError, naming what works, where spatial does not divide so many rows of pixels."""
+    mesh = current()
+    ways = 1 if mesh is None else mesh.shape["spatial"]
+    if height % ways:
+        nearest = max(size for size in range(1, ways) if ways % size == 0 and height % size == 0)
+        raise ValueError(
+            f"spatial={ways} does not divide the {height} rows of these pictures: use spatial={nearest} and data for "
+            "the other devices"
+        )
+
+
 def as_state(tree: Any) -> Any:
     """Parameters, gradients or a training state, each leaf where shard_state puts it; gradients are summed to there."""
     mesh = current()

@@ -28,8 +28,13 @@ def test_a_score_that_knows_the_truth_finds_it_as_soon_as_it_is_there(candidates
     assert right[:2] == [right[0]] * 2 and right[0] < 0.5 and right[2] == 1
     assert [figures[f"best of {count}, CLIP"]["cosine"] for count in (1, 2, 4)] == [0.3, 0.3, 0.9]
     assert not any(name.startswith("best of 8") for name in figures)
+    gain = figures["best of 4, gain"]
+    assert gain["gain"] == pytest.approx(0.75 * (1 - right[0])) and 0 < gain["low"] <= gain["gain"] <= gain["high"]
+    # Of two disjoint pairs one holds the true render, and its score finds it: a quarter above the mean candidate.
+    assert figures["best of 2, gain"]["gain"] == pytest.approx(0.25 * (1 - right[0]))
 
 
 def test_a_score_that_knows_nothing_gains_nothing(candidates):
     figures = ranking_curve(*candidates, np.broadcast_to(np.array([0.3, 0.2, 0.1, 0.0]), (6, 4)))
     assert figures["best of 4, identity"]["right"] == figures["best of 1, identity"]["right"]
+    assert figures["best of 4, gain"]["gain"] < 0

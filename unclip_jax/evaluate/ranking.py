@@ -10,8 +10,11 @@ from unclip_jax.cascade import Cascade
 from unclip_jax.data.emoji import Scene
 from unclip_jax.evaluate.faithfulness import BATCH, Faithfulness, Judge, held_out, judge_of, sheet_rows
 from unclip_jax.evaluate.report import Figures, Report
+from unclip_jax.evaluate.scenes import score
 from unclip_jax.generate import check, draw_candidates
 from unclip_jax.rank import best_of
+
+DRAWS = 4000  # of the bootstrap
 
 
 def ranking_curve(
@@ -23,16 +26,34 @@ def ranking_curve(
     """Faithfulness and mean score of the highest-scored of the first 1, 2, 4, ... n candidates of every scene.
 
     The best of k is the picture that `--rank-from k` draws. Rows for several k share pictures: their intervals are not
-    independent of each other.
+    independent of each other, so `best of k, gain` compares pairs: objects found by the best of k less those found by
+    the mean candidate of the same scene, over all n // k disjoint groups of k candidates, with a 95% interval over
+    scenes.
     """
     figures: Figures = {}
+    parts = [score(pictures[:, i], scenes, judge.renderer, judge.concepts) for i in range(scores.shape[1])]
+    asked = parts[0].asked.sum(axis=1)
+    found = np.stack([part.identity.sum(axis=1) / asked for part in parts], axis=1)
     rows, count = np.arange(len(scenes)), 1
     while count <= scores.shape[1]:
         place = best_of(scores, count)
         figures |= judge.figures(pictures[rows, place], scenes, f"best of {count}")
         figures[f"best of {count}, CLIP"] = {"cosine": float(scores[rows, place].mean())}
+        if count > 1:
+            figures[f"best of {count}, gain"] = _gain(found, scores, count)
         count *= 2
     return figures
+
+
+def _gain(found: Float[np.ndarray, "b n"], scores: Float[np.ndarray, "b n"], count: int) -> dict[str, float]:
+    """Mean and bootstrap interval over scenes of the best of `count` less the mean candidate."""
+    groups = scores.shape[1] // count
+    cut = scores[:, : groups * count].reshape(-1, count)
+    best = np.take_along_axis(found[:, : groups * count].reshape(-1, count), cut.argmax(1)[:, None], 1)
+    gain = best.reshape(-1, groups).mean(1) - found.mean(1)
+    draws = np.random.default_rng(0).integers(0, len(gain), (DRAWS, len(gain)))
+    low, high = np.quantile(gain[draws].mean(1), [0.025, 0.975])
+    return {"gain": float(gain.mean()), "low": float(low), "high": float(high)}
 
 
 def ranking_report(cascade: Cascade, task: Faithfulness) -> Report:

@@ -12,7 +12,7 @@ from unclip_jax.config import (
 )
 from unclip_jax.plan.dump import Collective
 from unclip_jax.plan.roofline import Block, block_of, efficiency, roofline, transfer_seconds
-from unclip_jax.plan.scaling import scaling
+from unclip_jax.plan.scaling import STRATEGIES, Step, scaling, step_of, wire_bytes
 from unclip_jax.plan.slices import GENERATIONS, GIB, parse_slice
 
 # The paper's decoder at batch 2048, TFLOP of a forward pass per picture, and the efficiencies of its blocks.
@@ -103,8 +103,24 @@ def test_what_was_not_compiled_is_assumed_and_loses_its_empty_lanes():
 
 
 def test_each_strategy_stops_paying_and_copies_of_slices_go_furthest():
-    rows = scaling(3.563e9, 3 * BATCH * 2.22e12, GENERATIONS["v5p"])
-    last = {s: max((r.chips for r in rows if r.strategy == s and r.pays), default=0) for s in ("dp", "fsdp", "hsdp")}
+    step = Step(3.563e9, BATCH, 3 * BATCH * 2.22e12, summed=2e7, halo=3e6, told=1e7)
+    rows = scaling(step, GENERATIONS["v5p"])
+    last = {s: max((r.chips for r in rows if r.strategy == s and r.pays), default=0) for s in STRATEGIES}
     assert 0 < last["fsdp"] <= last["dp"]
     wire = {r.strategy: r.wire for r in rows if r.chips == 64}
     assert wire["dp"] < wire["hsdp"] < wire["fsdp"] * 1.1
+    # 4,096 chips have no picture each, unless eight of them share one.
+    assert {r.strategy: r.possible for r in rows if r.chips == 4096} == {
+        "dp": False, "fsdp": False, "hsdp": False, "tp": True, "spatial": True,
+    }  # fmt: skip
+
+
+def test_what_splitting_a_picture_costs_is_read_off_the_network():
+    unet = UNetConfig(out_channels=3, in_channels=6, channels=32, multipliers=(1,), depth=1, attention_factors=())
+    config = TrainConfig("upsampler", UpsamplerConfig(unet, low_size=4, size=16))
+    step = step_of(config)
+    # Training crops are 4 px wide; one residual block down, two in the middle and two up end in a sum of 32 channels.
+    assert step.summed == 5 * 32 * 4 * 4
+    # Two rows of each 3 x 3 convolution: stem, two per block (those that go up take a skip along), and out.
+    assert step.halo == 2 * 4 * (6 + (3 * 2 + 2 * 3 + 1) * 32) and step.told == 0
+    assert wire_bytes("dp", step, 8) == pytest.approx(2 * 7 / 8 * 2 * step.parameters)

@@ -1,13 +1,17 @@
 """Bytes over the interconnect per training step as chips grow, for each strategy, and where each stops paying.
 
-`python -m unclip_jax.plan.scaling CONFIG [--tpu v5p]`: arithmetic of rings over the shapes of a config, no compiler.
+`python -m unclip_jax.plan.scaling CONFIG [--tpu v5p] [--plot FILE.png]`: arithmetic of rings over the shapes of a
+config, no compiler; beside it what the compiler's programs send, where plans of the same config are kept.
 """
 
 import argparse
 import json
 import math
-from typing import NamedTuple
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 
 from unclip_jax.config import TrainConfig
@@ -17,66 +21,166 @@ from unclip_jax.plan.steps import frozen_clip
 from unclip_jax.stages import build
 
 CHIPS = tuple(2**power for power in range(3, 13))
-WIDTH = 2  # bytes of a weight as it is gathered and of a gradient as it is summed: bf16
+STRATEGIES = ("dp", "fsdp", "hsdp", "tp", "spatial")
+WIDTH = 2  # bytes of a weight as it is gathered, of a gradient as it is summed, and of an activation: bf16
+INNER = {"hsdp": 16, "tp": 8, "spatial": 8}  # devices of the axis, the rest is data
+TOLD = ("key", "value", "context_key", "context_value")
+SUMMED = ("project", "mlp_out", "conv_1")  # layers whose inputs tensor splits: every device has a part of their sum
+
+
+class Step(NamedTuple):
+    """A training step: its parameters, batch and FLOPs, and what splitting a picture costs.
+
+    summed: numbers of one picture that tensor sums over devices in a forward pass. halo: numbers of one picture's rows
+    that a device hands to its two neighbours in a forward pass when spatial cuts the picture. told: its keys and
+    values, which every device then gathers.
+    """
+
+    parameters: float
+    batch: int
+    flops: float
+    summed: float
+    halo: float
+    told: float
 
 
 class Row(NamedTuple):
-    """One strategy on so many chips: bytes on each chip's wire, seconds that they take, and those of computing."""
+    """One strategy on so many chips: bytes on each chip's wire, seconds that they take, and those of computing.
+
+    possible: whether the batch has a picture for every group of devices that shares one.
+    """
 
     strategy: str
     chips: int
     wire: float
     transfer: float
     compute: float
+    possible: bool
 
     @property
     def pays(self) -> bool:
         """Whether computing still takes longer than what it waits for."""
-        return self.transfer < self.compute
+        return self.possible and self.transfer < self.compute
 
 
-def wire_bytes(strategy: str, parameters: float, chips: int, inner: int = 16) -> float:
+def wire_bytes(strategy: str, step: Step, chips: int) -> float:
     """Bytes that each chip sends in a step.
 
     dp sums gradients over all chips. fsdp gathers weights twice (forward, backward) and scatters gradients over all.
-    hsdp does so among `inner` chips and sums its shard of the gradients over the rest.
+    hsdp does so among 16 chips and sums its shard of the gradients over the rest. tp sums activations, forward and
+    backward, among 8 chips, and its shard of the gradients over the rest. spatial exchanges rows at the edges of 8
+    strips of a picture and gathers keys and values, forward and backward, and sums gradients as dp.
     """
-    size = WIDTH * parameters
+    inner = min(INNER.get(strategy, 1), chips)
+    copies, size = chips // inner, float(WIDTH * step.parameters)
+    pictures = step.batch / copies
     match strategy:
         case "dp":
-            return 2 * (chips - 1) / chips * size
+            return _all_reduce(size, chips)
         case "fsdp":
             return 3 * (chips - 1) / chips * size
         case "hsdp":
-            shards, copies = min(inner, chips), max(chips // inner, 1)
-            return 3 * (shards - 1) / shards * size + 2 * (copies - 1) / copies * size / shards
-    raise ValueError(f"unknown strategy '{strategy}': there are dp, fsdp, hsdp")
+            return 3 * (inner - 1) / inner * size + _all_reduce(size / inner, copies)
+        case "tp":
+            return 2 * pictures * _all_reduce(float(WIDTH * step.summed), inner) + _all_reduce(size / inner, copies)
+        case "spatial":
+            edges = step.halo + (inner - 1) / inner * step.told if inner > 1 else 0
+            return 2 * pictures * WIDTH * edges + _all_reduce(size, chips)
+    raise ValueError(f"unknown strategy '{strategy}': there are {', '.join(STRATEGIES)}")
 
 
-def scaling(parameters: float, flops: float, chip: Generation, share: float = 0.6, axes: int = 2) -> list[Row]:
-    """Every strategy on 8 to 4,096 chips, at a fixed global batch of so many FLOPs.
+def _all_reduce(size: float, ways: int) -> float:
+    return 2 * (ways - 1) / ways * size
+
+
+def scaling(step: Step, chip: Generation, share: float = 0.6, axes: int = 2) -> list[Row]:
+    """Every strategy on 8 to 4,096 chips, at a fixed global batch.
 
     share: of the peak, in computing. axes: of the torus that a collective runs around, both ways.
     """
     rows = []
-    for strategy in ("dp", "fsdp", "hsdp"):
+    for strategy in STRATEGIES:
+        if strategy == "spatial" and not step.halo or strategy == "tp" and not step.summed:
+            continue
         for chips in CHIPS:
-            wire = wire_bytes(strategy, parameters, chips)
-            rows.append(Row(strategy, chips, wire, wire / (2 * axes * chip.link), flops / (chips * chip.peak * share)))
+            wire, inner = wire_bytes(strategy, step, chips), INNER.get(strategy, 1)
+            groups = chips // inner if strategy in ("tp", "spatial") else chips
+            seconds = wire / (2 * axes * chip.link), step.flops / (chips * chip.peak * share)
+            rows.append(Row(strategy, chips, wire, *seconds, groups <= step.batch))
     return rows
 
 
-def of_config(config: TrainConfig, chip: Generation, clip: str | None = None) -> list[Row]:
-    """The rows of a config's training step at its own batch, three forward passes of FLOPs."""
+def step_of(config: TrainConfig, clip: str | None = None) -> Step:
+    """A config's training step at its own batch, three forward passes of FLOPs."""
     from unclip_jax.plan.flops import count
     from unclip_jax.plan.steps import loss_shapes
 
+    config = replace(config, network=_unrolled(config.network))  # every layer is to be seen once
     frozen = frozen_clip(config, clip)
     stage = build(config, frozen)
     params, *rest = loss_shapes(config, frozen, rows=1)
-    work = count(jax.make_jaxpr(stage.loss)(params, *rest))
+    summed, halo, told = 0, 0, 0
+
+    def watch(call: Any, arguments: Any, options: Any, context: Any) -> Any:
+        nonlocal summed, halo, told
+        result = call(*arguments, **options)
+        if context.method_name == "__call__" and isinstance(context.module, nn.Conv | nn.Dense | nn.DenseGeneral):
+            summed += result.size if context.module.name in SUMMED else 0
+            told += result.size if context.module.name in TOLD else 0
+            if isinstance(context.module, nn.Conv) and context.module.kernel_size != (1, 1) and arguments[0].ndim == 4:
+                halo += 2 * arguments[0].shape[2] * arguments[0].shape[3]
+        return result
+
+    with nn.intercept_methods(watch):
+        jaxpr = jax.make_jaxpr(stage.loss)(params, *rest)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    return scaling(parameters, 3 * work.total * config.data.batch_size, chip)
+    batch = config.data.batch_size
+    return Step(float(parameters), batch, 3 * count(jaxpr).total * batch, float(summed), float(halo), float(told))
+
+
+def _unrolled(network: Any) -> Any:
+    """The same network with every scanned transformer's layers one by one."""
+    from dataclasses import fields
+
+    from unclip_jax.config import TransformerConfig
+
+    parts = {field.name: getattr(network, field.name) for field in fields(network)}
+    found = {name: part for name, part in parts.items() if isinstance(part, TransformerConfig)}
+    return replace(network, **{name: replace(part, scan=False) for name, part in found.items()})
+
+
+def kept_wires(config: str, generation: str) -> dict[tuple[str, int], float]:
+    """Bytes on each chip's wire in the kept plans of a config's training, by strategy and chips."""
+    from unclip_jax.plan.kept import rows
+
+    return {
+        (row["strategy"], row["chips"]): sum(one["wire_bytes"] for one in row["collectives"])
+        for row in rows()
+        if row["config"] == config and row["what"] == "train" and row["slice"].startswith(generation)
+    }
+
+
+def plot(rows: list[Row], path: Path, title: str) -> None:
+    """Bytes per chip against chips, and milliseconds of transfer and computing; needs matplotlib."""
+    from matplotlib.figure import Figure  # pyright: ignore[reportMissingImports]
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for strategy in dict.fromkeys(row.strategy for row in rows):
+        own = [row for row in rows if row.strategy == strategy and row.possible]
+        left.plot([row.chips for row in own], [row.wire / 1e9 for row in own], marker="o", label=strategy)
+        right.plot([row.chips for row in own], [1e3 * row.transfer for row in own], marker="o", label=strategy)
+    first = [row for row in rows if row.strategy == rows[0].strategy]
+    right.plot([row.chips for row in first], [1e3 * row.compute for row in first], "k--", label="computing")
+    left.set(xscale="log", yscale="log", xlabel="chips", ylabel="GB sent per chip and step", title=title)
+    right.set(xscale="log", yscale="log", xlabel="chips", ylabel="ms per step")
+    for axes in (left, right):
+        axes.set_xticks(CHIPS, [f"{chips:,}" for chips in CHIPS], rotation=45)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    right.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(str(path), dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -85,16 +189,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("config")
     parser.add_argument("--tpu", default="v5p", choices=sorted(GENERATIONS))
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--plot", type=Path, help="PNG")
     options = parser.parse_args(arguments)
-    rows = of_config(load_config(options.config), GENERATIONS[options.tpu])
+    rows = scaling(step_of(load_config(options.config)), GENERATIONS[options.tpu])
+    if options.plot:
+        plot(rows, options.plot, f"{options.config}, {options.tpu}")
     if options.json:
         print(json.dumps([dict(row._asdict(), pays=row.pays) for row in rows]))
         return
-    print("strategy  chips  GB per chip  ms of transfer  ms of computing")
+    kept = kept_wires(options.config, options.tpu)
+    print("strategy  chips  GB per chip  compiled  ms of transfer  ms of computing")
     for row in rows:
-        mark = "" if row.pays else "  no longer pays"
+        mark = "" if row.pays else "  no longer pays" if row.possible else "  fewer pictures than chips"
         times = f"{1e3 * row.transfer:16.1f}{1e3 * row.compute:17.1f}"
-        print(f"{row.strategy:<8}{row.chips:7}{row.wire / 1e9:13.2f}{times}{mark}")
+        compiled = kept.get((row.strategy, row.chips))
+        found = "" if compiled is None else f"{compiled / 1e9:.2f}"
+        print(f"{row.strategy:<8}{row.chips:7}{row.wire / 1e9:13.2f}{found:>10}{times}{mark}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def get_config() -> TrainConfig:
             components=319,
             buckets=1024,
             dot_buckets=50,  # not stated
-            transformer=TransformerConfig(1664, 24, 26, causal=True, dtype="bfloat16"),
+            transformer=TransformerConfig(1664, 24, 26, causal=True, dtype="bfloat16", scan=True),
             text_drop=0.1,
         ),
         sample=SampleConfig(guidance=1.0),

@@ -11,8 +11,8 @@ def get_config() -> TrainConfig:
             embedding_dim=1024,  # section 3.1: 1,024 components before PCA
             image_size=256,
             patch_size=16,
-            vision=TransformerConfig(1280, 32, 16, dtype="bfloat16"),  # heads: ViT-H's usual 16
-            text=TransformerConfig(1024, 24, 16, causal=True, dtype="bfloat16"),  # heads of 64, as in CLIP
+            vision=TransformerConfig(1280, 32, 16, dtype="bfloat16", scan=True),  # heads: ViT-H's usual 16
+            text=TransformerConfig(1024, 24, 16, causal=True, dtype="bfloat16", scan=True),  # heads of 64, as in CLIP
             context_length=256,  # not stated; Table 3 gives every reader of text 256
         ),
         data=DataConfig(size=256, batch_size=32_768, context_length=256),  # batch: original CLIP

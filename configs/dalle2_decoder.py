@@ -35,7 +35,7 @@ def get_config() -> TrainConfig:
             extra_tokens=4,
             image_drop=0.1,
             text_drop=0.5,
-            text_encoder=TransformerConfig(2048, 24, 32, dtype="bfloat16"),
+            text_encoder=TransformerConfig(2048, 24, 32, dtype="bfloat16", scan=True),
             context_length=256,
             learned_null_text=True,
         ),

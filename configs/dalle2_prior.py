@@ -19,7 +19,7 @@ def get_config() -> TrainConfig:
             embedding_dim=1024,
             text_dim=1024,
             context_length=256,
-            transformer=TransformerConfig(2048, 24, 32, causal=True, dtype="bfloat16"),
+            transformer=TransformerConfig(2048, 24, 32, causal=True, dtype="bfloat16", scan=True),
             text_drop=0.1,
         ),
         diffusion=DiffusionConfig(schedule="cosine", steps=1000, prediction="x0", clip=None),

@@ -48,6 +48,7 @@ from unclip_jax.types import Batch, Stage
 
 BATCH, WIDTH = 8, 128  # the square of the width is the least that is split over processes
 TIMEOUT = 30.0  # seconds until a silent host counts as gone, and that a busy machine may start them apart
+TIMED = ("images_per_second", "data_stall")  # metrics that no run repeats
 SLOW = 0.03  # seconds that a batch takes, so that moments lie in steps
 CONFIG = TrainConfig(
     "killed",
@@ -146,7 +147,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     found = (
         [json.loads(line) for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
     )
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in found]
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in found]
 
 
 def saving(folder: Path) -> bool:

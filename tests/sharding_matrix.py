@@ -53,6 +53,7 @@ QUICK = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": Fal
 
 TOWER = TransformerConfig(width=16, layers=1, heads=8, dropout=0.1)
 CAUSAL = replace(TOWER, causal=True)
+SCANNED = replace(CAUSAL, layers=2, scan=True)
 CLIP = ClipConfig(16, SIDE, 8, TOWER, CAUSAL, vocab_size=24, context_length=WORDS)
 UNET = UNetConfig(
     out_channels=6, channels=16, multipliers=(1, 2), depth=1, attention_factors=(2,), head_channels=4, context_dim=16,
@@ -67,7 +68,7 @@ DECODER = DecoderConfig(
 
 STAGES = {
     "clip": TrainConfig("clip", CLIP),
-    "prior": TrainConfig("prior", PriorConfig(16, 16, WORDS, CAUSAL, text_drop=0.4), DiffusionConfig(prediction="x0")),
+    "prior": TrainConfig("prior", PriorConfig(16, 16, WORDS, SCANNED, text_drop=0.4), DiffusionConfig(prediction="x0")),
     "ar_prior": TrainConfig("ar_prior", ArPriorConfig(16, 16, WORDS, 7, 16, 8, CAUSAL, text_drop=0.4)),
     "decoder": TrainConfig("decoder", DECODER, LEARNED),
     "upsampler_256": TrainConfig("upsampler_256", UpsamplerConfig(PLAIN, low_size=4, size=SIDE), LEARNED),
@@ -127,11 +128,10 @@ def make_context() -> dict[str, Any]:
 
 
 def shallow(config: TrainConfig) -> TrainConfig:
-    """A U-Net of one level, without learned variances or an own text encoder, for a quicker answer."""
+    """A U-Net of one level that attends in its middle alone, without learned variances or an own text encoder."""
     match config.network:
         case DecoderConfig(unet=unet) | UpsamplerConfig(unet=unet) as network:
-            factors = (1,) if unet.attention_factors else ()
-            unet = replace(unet, out_channels=3, multipliers=(1,), attention_factors=factors, channels=32)
+            unet = replace(unet, out_channels=3, multipliers=(1,), attention_factors=(), channels=32)
             network = replace(network, unet=unet, text_encoder=None)
             return replace(config, network=network, diffusion=replace(config.diffusion, learned_variance=False))
     return config

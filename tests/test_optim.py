@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from unclip_jax.config import OptimConfig
-from unclip_jax.optim import decay_mask, ema_update, learning_rate, optimizer
+from unclip_jax.optim import decay_mask, ema_update, join_vectors, learning_rate, map_like, optimizer, part_vectors
 
 PARAMS = {
     "attention": {"kernel": np.ones((4, 8), np.float32), "bias": np.ones((4, 2), np.float32)},
@@ -90,3 +90,13 @@ def test_muon_leaves_vectors_and_the_ends_of_a_network_to_adam():
     assert any("'out'" in path for path in second_moments)
     assert any("null" in path for path in second_moments)
     assert not any("middle" in path for path in second_moments)
+
+
+def test_short_vectors_are_joined_and_parted_again():
+    params = {"a": {"bias": np.arange(3.0), "kernel": np.ones((2, 3))}, "scale": np.array(7.0), "z": np.arange(4.0) + 9}
+    joined = join_vectors(params)
+    np.testing.assert_array_equal(joined["vectors"], [0, 1, 2, 7, 9, 10, 11, 12])
+    assert [leaf.ndim for leaf in jax.tree.leaves(joined)] == [2, 1]
+    jax.tree.map(np.testing.assert_array_equal, part_vectors(joined, params), params)
+    state = map_like(join_vectors, (optax.ScaleByAdamState(np.int32(3), params, params), 5), params)
+    assert set(state[0].nu) == {"a", "vectors", "scale", "z"} and state[0].count == 3 and state[1] == 5

@@ -197,11 +197,11 @@ picture, time = np.float32(np.random.default_rng(1).normal(size=(1, 8, 8, 16))),
 noisy = lambda x: x + 0.1 * np.random.default_rng(2).normal(size=x.shape).astype(np.float32)
 params = jax.tree.map(noisy, block.init(jax.random.key(0), picture, time)["params"])
 apply = jax.jit(lambda params: sharding.rows(block.apply({"params": params}, picture, time)))
-with on(make_mesh("fsdp=2,tensor=2,spatial=2")):
+with on(make_mesh("fsdp=2,spatial=4")):
     placed = sharding.place(params)
-    assert placed["conv_0"]["kernel"].addressable_shards[0].data.size == 9 * 16 * 16 // 4
+    assert placed["conv_0"]["kernel"].addressable_shards[0].data.size == 9 * 16 * 16 // 2
     split = apply(placed)
-assert split.addressable_shards[0].data.shape == (1, 4, 8, 16)
+assert split.addressable_shards[0].data.shape == (1, 2, 8, 16)
 with on(make_mesh("data=2,spatial=4")):
     sharding.check_height(8)
     try:
@@ -260,9 +260,10 @@ def test_eight_devices_know_their_mesh_and_share_the_contrastive_loss():
 @pytest.mark.parametrize(
     "arguments",
     [
-        "--stages decoder --shallow decoder --strategies dp fsdp tp hsdp spatial",
-        "--stages clip prior ar_prior --strategies data=2,fsdp=2,tensor=2",
-        "--stages upsampler_256 upsampler_1024 --shallow upsampler_1024 --strategies fsdp=2,tensor=2,spatial=2",
+        "--stages prior --strategies dp fsdp tp hsdp spatial",
+        "--stages clip ar_prior sampling --strategies data=2,fsdp=2,tensor=2",
+        "--stages decoder upsampler_256 upsampler_1024 --shallow decoder upsampler_256 upsampler_1024 "
+        "--strategies fsdp=2,tensor=2,spatial=2",
     ],
 )
 def test_every_strategy_trains_as_one_device_does(arguments, tmp_path):
@@ -272,4 +273,5 @@ def test_every_strategy_trains_as_one_device_does(arguments, tmp_path):
     done = subprocess.run(command, env=FAKE, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     table = json.loads(out.read_text())
-    assert all(row["split"] > 0 for row in table["rows"] if row["strategy"] not in ("dp", "spatial"))
+    trained = [row for row in table["rows"] if row["strategy"] not in ("dp", "spatial") and "split" in row]
+    assert trained and all(row["split"] > 0 for row in trained)

@@ -30,7 +30,10 @@ setup() { # REVISION EXTRAS BUCKET MOUNT
 }
 
 mount_bucket() { # BUCKET[/FOLDER] MOUNT
-  local flags=(--implicit-dirs) site=https://packages.cloud.google.com/apt key=/usr/share/keyrings/gcsfuse.asc
+  # A checkpoint is whole once its folder is renamed: at once where a bucket has folders (a hierarchical namespace),
+  # object after object where it has none, and not at all without a limit.
+  local flags=(--implicit-dirs --rename-dir-limit=200000)
+  local site=https://packages.cloud.google.com/apt key=/usr/share/keyrings/gcsfuse.asc
   if ! command -v gcsfuse >/dev/null; then
     curl -fsSL "$site/doc/apt-key.gpg" | sudo tee "$key" >/dev/null
     echo "deb [signed-by=$key] $site gcsfuse-$(lsb_release -cs) main" | sudo tee /etc/apt/sources.list.d/gcsfuse.list

@@ -24,6 +24,8 @@ class TransformerConfig:
     dropout: float = 0.0
     dtype: Dtype = "float32"  # compute; parameters are float32 in training
     remat: Remat = field(default="none", compare=False)  # the same network, whichever it is
+    # All layers as one, compiled once: their parameters lie in one tree, along a leading axis.
+    scan: bool = False
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,8 @@ class OptimConfig:
 class DataConfig:
     """Which pictures a stage sees."""
 
-    source: Literal["emoji"] = "emoji"
+    # emoji, folder:PATH, table:PATH, tar:PATH, tfds:NAME:SPLIT, hf:PATH, stored:PATH, or mix:0.7*SPEC,0.3*SPEC.
+    source: str = "emoji"
     concepts: tuple[str, ...] = ()  # () is the shipped vocabulary
     backgrounds: tuple[str, ...] = ()
     single_fraction: float = 0.4  # scenes of one object
@@ -204,6 +207,14 @@ class DataConfig:
     redrawn: int = 0  # so many small pictures drawn by the cascade's own decoder, which every other record shows
     group: int = 1  # scenes in groups that differ in one thing: CLIP's hard negatives
     seed: int = 0
+    skip: str | None = None  # list of keys that are left out, as unclip data check --fix writes it
+    weights: str | None = None  # file of sampling weights: .safetensors of unclip data curate, .npy, .jsonl or .csv
+    max_broken: float = 0.01  # share of rows that may be replaced because their record is broken
+    uncaptioned: Literal["skip", "empty"] = "skip"  # pictures without a caption are broken, or have the empty one
+    templates: tuple[str, ...] = ()  # such as "a photo of {}", one of which every caption is put into
+    caption_drop: float = 0.0  # share of rows that have the empty caption; decoders and priors drop captions themselves
+    # Processes that read and decode, None: half as many as there are cores. The batches are the same.
+    workers: int | None = field(default=None, compare=False, repr=False)
 
 
 NetworkConfig = ClipConfig | PriorConfig | ArPriorConfig | DecoderConfig | UpsamplerConfig
@@ -228,7 +239,11 @@ class TrainConfig:
     preview_every: int = 500
     save_every: int = 500
     keep: int = 2  # newest checkpoints
-    keep_best: int = 1  # of lowest loss in training, beside the newest
+    keep_best: int = 1  # of lowest loss in training, or highest score in evaluation, beside the newest
+    keep_by: Literal["loss", "score"] = "loss"
+    eval_every: int = 0  # steps between small evaluations on pictures that training does not see, 0: none
+    eval_pictures: int = 32
+    eval_source: str | None = None  # of those pictures, None: held-out scenes
     max_skipped: int = 10  # consecutive non-finite updates before training stops
     tags: dict[str, str] = field(default_factory=dict, hash=False)  # a config is a static argument, hashed
 

@@ -1,14 +1,17 @@
 """The learning rate, AdamW with clipping and a decay mask, and the moving average of the parameters."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
 from unclip_jax.config import OptimConfig
+from unclip_jax.sharding import SMALL
 from unclip_jax.types import Params
 
 
@@ -47,12 +50,24 @@ def decay_mask(params_shape: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params_shape)
 
 
-def optimizer(config: OptimConfig, params_shape: Any) -> optax.GradientTransformation:
+def clip_by_known_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """Gradients times min(1, limit / norm), where norm, their global norm, is given by who logs it, or computed."""
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, norm: Float[Array, ""] | None = None, **others: Any
+    ) -> tuple[Any, Any]:
+        factor = jnp.minimum(1.0, limit / (optax.global_norm(updates) if norm is None else norm))
+        return jax.tree.map(lambda x: x * factor.astype(x.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def optimizer(config: OptimConfig, params_shape: Any) -> optax.GradientTransformationExtraArgs:
     """AdamW (arXiv 1711.05101) or Muon, after clipping by the global norm; `params_shape` is a tree of shapes.
 
-    Gradients arrive already averaged over accumulated micro-batches.
+    Gradients arrive already averaged over accumulated micro-batches; `norm` is their global norm, where it is known.
     """
-    clip = optax.clip_by_global_norm(config.clip_norm)
+    clip = clip_by_known_norm(config.clip_norm)
 
     def rate(step: Any) -> Array:
         return learning_rate(config, jnp.asarray(step))
@@ -81,14 +96,15 @@ def optimizer(config: OptimConfig, params_shape: Any) -> optax.GradientTransform
 def _matrix_axes(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
     """How Muon reads a leaf as a matrix of inputs by outputs; None for those that AdamW keeps.
 
-    These are vectors and tables, and the ends of a network, where pixels and times come in or pixels go out.
+    These are vectors and tables, and the ends of a network, where pixels and times come in or pixels go out. A leaf of
+    scanned layers is one matrix per layer.
     """
     names = [str(entry.key) for entry in path]
     ends = {"stem", "patches", "time_0"} & set(names) or names[-2:] == ["out", "kernel"] and len(names) <= 3
     if names[-1] != "kernel" or len(leaf.shape) < 2 or ends:
         return None
     last = len(leaf.shape) - 1
-    return MuonDimensionNumbers(tuple(range(last)), last)
+    return MuonDimensionNumbers(tuple(range(int("block" in names), last)), last)
 
 
 def ema_update(ema: Params, params: Params, step: Int[Array, ""] | int, decay: float) -> Params:
@@ -99,3 +115,40 @@ def ema_update(ema: Params, params: Params, step: Int[Array, ""] | int, decay: f
     done = jnp.asarray(step, jnp.float32)
     keep = jnp.minimum(decay, (1 + done) / (10 + done))
     return jax.tree.map(lambda average, new: average + (1 - keep) * (new - average), ema, params)
+
+
+def join_vectors(tree: Params) -> Params:
+    """Parameters, or what has a number for each of theirs, with all short vectors end to end in one, "vectors".
+
+    Biases, scales and shifts are most leaves of a network and next to none of its numbers: a step that updates them at
+    once is much smaller. AdamW treats them alike, since matrices alone decay.
+    """
+    vectors = [leaf.reshape(-1) for leaf in jax.tree.leaves(tree) if _is_short(leaf)]
+    if not vectors:
+        return tree
+    rest = jax.tree.map(lambda leaf: None if _is_short(leaf) else leaf, tree)
+    return {**rest, "vectors": jnp.concatenate(vectors)}
+
+
+def part_vectors(joined: Params, like: Params) -> Params:
+    """The inverse of join_vectors; like: a tree of the shapes that it had."""
+    sizes = [leaf.size for leaf in jax.tree.leaves(like) if _is_short(leaf)]
+    if not sizes:
+        return joined
+    rest = iter(jax.tree.leaves({name: part for name, part in joined.items() if name != "vectors"}))
+    vectors = iter(jnp.split(joined["vectors"], np.cumsum(sizes)[:-1]))
+    return jax.tree.map(lambda leaf: next(vectors).reshape(leaf.shape) if _is_short(leaf) else next(rest), like)
+
+
+def map_like(function: Callable[[Any], Any], tree: Any, params: Params) -> Any:
+    """A training state with function applied to each tree in it of the structure of `params`: averages, moments."""
+    structure = jax.tree.structure(params)
+
+    def alike(node: Any) -> bool:
+        return jax.tree.structure(node) == structure
+
+    return jax.tree.map(lambda node: function(node) if alike(node) else node, tree, is_leaf=alike)
+
+
+def _is_short(leaf: Any) -> bool:
+    return leaf.ndim <= 1 and leaf.size < SMALL

@@ -4,9 +4,11 @@ Transparent parts show white. Of an animation the first frame is read. What cann
 of one sentence, and pictures of more than MOST_PIXELS before they are decoded.
 """
 
+import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -39,21 +41,34 @@ def open_picture(path: str | Path) -> UserPicture:
         raise ValueError(f"there is no picture '{path}'")
     if not path.is_file():
         raise ValueError(f"'{path}' is not a file, so no picture")
+    # The limit below is stricter than the one that Pillow warns of.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _checked(str(path), lambda: path.open("rb"))
+
+
+def picture_of_bytes(data: bytes, name: str, least: int | None = None) -> UserPicture:
+    """The picture of a file's bytes, as `open_picture`; `name` is what errors call it. Threads may share it.
+
+    least: a JPEG may be read at 1/2, 1/4 or 1/8 of its size, as long as its sides keep so many pixels.
+    """
+    return _checked(name, lambda: io.BytesIO(data), least)
+
+
+def _checked(name: str, opened: Callable[[], Any], least: int | None = None) -> UserPicture:
     try:
-        # The limit below is stricter than the one that Pillow warns of.
-        with warnings.catch_warnings(), path.open("rb") as file:
-            warnings.simplefilter("ignore")
-            return _decoded(path, file)
+        with opened() as file:
+            return _decoded(name, file, least)
     except Image.DecompressionBombError:
-        raise ValueError(f"'{path}' {TOO_LARGE}") from None
+        raise ValueError(f"'{name}' {TOO_LARGE}") from None
     except Image.UnidentifiedImageError:
-        raise ValueError(f"'{path}' is not a picture that can be read: save it as PNG or JPEG") from None
+        raise ValueError(f"'{name}' is not a picture that can be read: save it as PNG or JPEG") from None
     except PermissionError as error:
-        raise ValueError(f"cannot read '{path}': {error.strerror}") from None
+        raise ValueError(f"cannot read '{name}': {error.strerror}") from None
     except _Refused as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # damaged bytes raise whatever they meet first in a parser
-        raise ValueError(f"'{path}' is truncated or damaged, or no picture: {_sentence(error)}") from error
+        raise ValueError(f"'{name}' is truncated or damaged, or no picture: {_sentence(error)}") from error
 
 
 TOO_LARGE = f"has more than {MOST_PIXELS / 1e6:.0f} million pixels: reduce it first"
@@ -63,19 +78,22 @@ class _Refused(Exception):
     """A sentence of ours, as opposed to a parser's."""
 
 
-def _decoded(path: Path, file) -> UserPicture:
+def _decoded(name: str, file: Any, least: int | None = None) -> UserPicture:
     with Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > MOST_PIXELS:
-            raise _Refused(f"'{path}' {TOO_LARGE}")
+            raise _Refused(f"'{name}' {TOO_LARGE}")
         several = image.format != "MPO" and getattr(image, "is_animated", False)  # many phones' JPEGs are MPO
-        said = (f"'{path}' holds several pictures: only the first is read",) if several else ()
+        said = (f"'{name}' holds several pictures: only the first is read",) if several else ()
         image.seek(0) if several else None
+        if least is not None and image.format == "JPEG":
+            image.draft(None, (least, least))  # type: ignore[arg-type]
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
+        upright: Image.Image = image
         if upright.mode in ("I", "F") or upright.mode.startswith("I;16"):
             upright = Image.fromarray(_levels(np.asarray(upright)))
         if not upright.has_transparency_data:
-            return UserPicture(np.asarray(upright.convert("RGB")), None, said)
+            return UserPicture(np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB")), None, said)
         rgba = upright.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
         return UserPicture(

@@ -27,7 +27,9 @@ from unclip_jax.config import (
 )
 from unclip_jax.data.emoji import caption_words
 from unclip_jax.data.loader import batches, scenes_of, tokenizer_of
+from unclip_jax.data.reader import Chosen, check_clip, choose, stores_embeddings
 from unclip_jax.data.tokenizer import ClipTokenizer
+from unclip_jax.evaluate.training import check_of
 from unclip_jax.hosts import is_first, wait, whole
 from unclip_jax.inputs import embed_images, encode
 from unclip_jax.models import quantiser
@@ -73,6 +75,11 @@ def train(
     check_batch_size(config.data.batch_size, mesh, config.optim.accumulate)
     clip = _frozen_clip(config, folder)
     tokenizer = tokenizer_of(config.data) if clip is None else tokenizer_from(clip)
+    chosen = None if config.data.source == "emoji" else choose(config.data)
+    if chosen is not None and clip is not None:
+        check_clip(chosen.source, clip.digest)
+    embedded = chosen is not None and stores_embeddings(chosen.source)
+    pictures = not (embedded and isinstance(config.network, PriorConfig | ArPriorConfig))
     if isinstance(config.network, ClipConfig) and config.network.vocab_size != tokenizer.vocab_size:
         raise ValueError(
             f"the captions of this data use {tokenizer.vocab_size} ids and the network has "
@@ -84,8 +91,9 @@ def train(
     constants, stored = {}, None
     if clip is not None and isinstance(config.network, PriorConfig | ArPriorConfig):
         constants = _known_constants(config, folder, clip, start, resume)
-        if config.data.stored or not constants:
-            stored = _embed(config.data, clip, tokenizer, config.data.stored or FITTED_PICTURES, folder)
+        if (config.data.stored and not embedded) or not constants:
+            number = FITTED_PICTURES if embedded else config.data.stored or FITTED_PICTURES
+            stored = _embed(config.data, clip, tokenizer, number, folder, chosen)
             constants = constants or _fitted_constants(config, clip, stored)
     elif config.data.stored:
         raise ValueError("only priors train on stored embeddings: set --data.stored 0")
@@ -94,13 +102,15 @@ def train(
     lows = redrawn(config.data, folder) if config.data.redrawn else None
 
     def read(step: int) -> Iterator[Batch]:
-        if config.data.stored and stored is not None:
+        if config.data.stored and stored is not None and not embedded:
             return _stored_batches(stored, config.data, step, own)
-        return batches(config.data, start=step, tokenizer=tokenizer, rows=own, redrawn=lows)
+        return batches(
+            config.data, start=step, tokenizer=tokenizer, rows=own, redrawn=lows, chosen=chosen, pictures=pictures
+        )
 
     def export(state: TrainState) -> None:
         extra: dict[str, Any] = {"steps": int(state.step), "images": int(state.step) * config.data.batch_size}
-        if clip is None and isinstance(config.network, ClipConfig):
+        if clip is None and isinstance(config.network, ClipConfig) and config.data.source == "emoji":
             scenes = scenes_of(config.data)
             words = sorted({word for text in caption_words(scenes) for word in text.replace(",", "").split()})
             extra |= {"kept_ids": list(tokenizer.kept), "words": words, "concepts": [c.name for c in scenes.concepts]}
@@ -109,10 +119,22 @@ def train(
         if is_first():
             save_network(path, config, average, constants=constants, clip=identity, extra=extra)
 
+    check = check_of(config, clip, tokenizer, constants) if config.eval_every else None
+    if config.keep_by == "score" and (not config.eval_every or config.save_every % config.eval_every):
+        raise ValueError(
+            f"checkpoints are kept by a score that is measured every {config.eval_every} steps and saved every "
+            f"{config.save_every}: let --eval-every divide --save-every"
+        )
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        assert check is not None
+        return check(whole(state.ema))
+
     place = folder / config.name
     return fit(
-        config, stage, context, read, mesh, place, params=params, resume=resume, on_save=export, watchdog=watchdog
-    )
+        config, stage, context, read, mesh, place, params=params, resume=resume, on_save=export,
+        evaluate=None if check is None else evaluate, watchdog=watchdog,
+    )  # fmt: skip
 
 
 def _frozen_clip(config: TrainConfig, folder: Path) -> Network | None:
@@ -190,25 +212,32 @@ class Stored(NamedTuple):
     mask: np.ndarray
 
 
-def _embed(data: DataConfig, clip: Network, tokenizer: ClipTokenizer, pictures: int, folder: Path) -> Stored:
+def _embed(
+    data: DataConfig, clip: Network, tokenizer: ClipTokenizer, pictures: int, folder: Path, chosen: Chosen | None = None
+) -> Stored:
     """The first pictures of a source, embedded once: later runs on the same CLIP and data read the file."""
-    key = hashlib.sha256(repr((data, pictures, clip.digest)).encode()).hexdigest()[:12]
+    identity = clip.digest if chosen is None else clip.digest + chosen.source.digest
+    key = hashlib.sha256(repr((data, pictures, identity)).encode()).hexdigest()[:12]
     path = folder / f"embeddings-{key}.npz"
     if is_first() and not path.exists():
-        _embed_to(path, data, clip, tokenizer, pictures)
+        _embed_to(path, data, clip, tokenizer, pictures, chosen)
     wait(f"embeddings {key}")
     with np.load(path) as columns:
         return Stored(**columns)
 
 
-def _embed_to(path: Path, data: DataConfig, clip: Network, tokenizer: ClipTokenizer, pictures: int) -> None:
+def _embed_to(
+    path: Path, data: DataConfig, clip: Network, tokenizer: ClipTokenizer, pictures: int, chosen: Chosen | None
+) -> None:
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), clip.params)
     embed = partial(embed_images, _clip_config(clip))
     rows = []
     total = -(-pictures // data.batch_size)
-    reader = islice(batches(data, tokenizer=tokenizer), total)
+    embedded = chosen is not None and stores_embeddings(chosen.source)
+    reader = islice(batches(data, tokenizer=tokenizer, chosen=chosen, pictures=not embedded), total)
     for batch in tqdm(reader, total=total, desc="embedding pictures", unit="batch", dynamic_ncols=True):
-        rows.append(Stored(np.asarray(embed(params, batch.image)), np.asarray(batch.tokens), np.asarray(batch.mask)))
+        embedding = embed(params, batch.image) if batch.embedding is None else batch.embedding
+        rows.append(Stored(np.asarray(embedding), np.asarray(batch.tokens), np.asarray(batch.mask)))
     stored = Stored(*(np.concatenate(column) for column in zip(*rows, strict=True)))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_suffix(".part.npz")

@@ -20,8 +20,17 @@ from unclip_jax.checkpoint.schema import CheckpointError
 from unclip_jax.checkpoint.store import Store
 from unclip_jax.checkpoint.writing import replacing
 from unclip_jax.config import TrainConfig
+from unclip_jax.data.stall import Stall
 from unclip_jax.hosts import is_first
-from unclip_jax.optim import ema_update, learning_rate, optimizer, updates_done
+from unclip_jax.optim import (
+    ema_update,
+    join_vectors,
+    learning_rate,
+    map_like,
+    optimizer,
+    part_vectors,
+    updates_done,
+)
 from unclip_jax.preemption import Preempted, Preemption
 from unclip_jax.sharding import as_state, check_batch_size, on, put_batch, replicated, rows, shard_state
 from unclip_jax.types import Batch, Params, PRNGKey, Stage, TrainState
@@ -69,15 +78,20 @@ def train_step(
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         total, _ = jax.lax.scan(add, zeros, (pieces, jnp.arange(parts)))
         (loss, metrics), grads = jax.tree.map(lambda x: x / parts, total)
-    grads = as_state(grads)
+    grads, old = as_state(grads), state
+    if joins := config.optim.kind == "adamw":
+        grads, old = map_like(join_vectors, (grads, state), state.params)
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-    updates, opt_state = optimizer(config.optim, state.params).update(grads, state.opt_state, state.params)
-    params: Any = optax.apply_updates(state.params, updates)
-    ema = ema_update(state.ema, params, state.step, config.optim.ema)
-    accepted = state._replace(params=params, ema=ema, opt_state=opt_state, skipped=jnp.zeros_like(state.skipped))
-    refused = state._replace(skipped=state.skipped + 1)
-    new = jax.tree.map(partial(jnp.where, finite), accepted, refused)
+    descend = optimizer(config.optim, old.params)
+    updates, opt_state = descend.update(grads, old.opt_state, old.params, norm=norm)
+    params: Any = optax.apply_updates(old.params, updates)
+    ema = ema_update(old.ema, params, old.step, config.optim.ema)
+    accepted = old._replace(params=params, ema=ema, opt_state=opt_state, skipped=jnp.zeros_like(old.skipped))
+    refused = old._replace(skipped=old.skipped + 1)
+    new = jax.tree.map(partial(jax.lax.select, finite), accepted, refused)
+    if joins:
+        new = map_like(partial(part_vectors, like=state.params), new, params)
     new = as_state(new._replace(step=state.step + 1))
     rate = learning_rate(config.optim, updates_done(state.opt_state))
     return new, {"loss": loss, **metrics, "gradient_norm": norm, "learning_rate": rate, "skipped": new.skipped}
@@ -94,13 +108,15 @@ def fit(
     params: Params | None = None,
     resume: bool = True,
     on_save: Callable[[TrainState], None] | None = None,
+    evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     watchdog: Watchdog | None = None,
 ) -> TrainState:
     """Trains for config.steps updates and returns the last state.
 
     batches: from a step number to the batches that follow. folder: takes checkpoints/, metrics.jsonl, TensorBoard
     events and samples/, of the first process alone. params: a start other than random. on_save: called with every state
-    that is saved, in every process. watchdog: is told of every step. Raises TrainingError after config.max_skipped
+    that is saved, in every process. evaluate: called every config.eval_every steps, in every process; `score` of what
+    it gives is the higher the better. watchdog: is told of every step. Raises TrainingError after config.max_skipped
     non-finite updates in a row, Preempted when the machine is to stop and the step is saved.
     """
     check_batch_size(config.data.batch_size, mesh, config.optim.accumulate)
@@ -126,12 +142,14 @@ def fit(
         picks = None if preview is None or start == config.steps else _first_rows(next(batches(0)), mesh)
         losses: list[float] = []
         log.begin(start)
-        for number, host in zip(range(start, config.steps), batches(start), strict=False):
+        reader = Stall(batches(start))
+        for number, host in zip(range(start, config.steps), reader, strict=False):
             done = number + 1
             if watchdog is not None:
                 watchdog.at(done, "trains")
             with on(mesh):
                 state, metrics = step(state, context, put_batch(host, mesh), key)
+            reader.work = metrics["loss"]
             if done % config.log_every == 0 or done == config.steps:
                 values = {name: float(value) for name, value in metrics.items()}
                 if values["skipped"] >= config.max_skipped:
@@ -140,14 +158,21 @@ def fit(
                         f"--optim.learning-rate or set the compute dtype to float32; the last checkpoint is intact"
                     )
                 losses.append(values["loss"])
-                log.write(done, values)
+                log.write(done, values | {"data_stall": reader.share()})
             if preview is not None and picks is not None and (done % config.preview_every == 0 or done == config.steps):
                 keys = jax.random.split(jax.random.key(0), len(picks.image))
                 log.pictures(done, np.asarray(preview(state.ema, context, picks, keys)), picks)
+            quality: dict[str, float] = {}
+            if evaluate is not None and (done % config.eval_every == 0 or done == config.steps):
+                quality = evaluate(state)
+                log.evaluated(done, quality)
             stop = preemption.reached(done)
             if done % config.save_every == 0 or done == config.steps or stop:
                 finite = [loss for loss in losses if math.isfinite(loss)]
-                store.save(state, config, {"step": done}, {"loss": float(np.mean(finite))} if finite else {})
+                measured = {"loss": float(np.mean(finite))} if finite else {}
+                if config.keep_by == "score":
+                    measured = {"score": quality["score"]} if quality else {}
+                store.save(state, config, {"step": done}, measured)
                 losses = []
                 if on_save is not None and not stop:
                     on_save(state)
@@ -175,6 +200,9 @@ class Silence:
         """Does nothing."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
+        """Does nothing."""
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
         """Does nothing."""
 
     def pictures(self, step: int, samples: np.ndarray, batch: Batch) -> None:
@@ -216,7 +244,8 @@ class Log:
         speed = (step - self._last) * self.config.data.batch_size / max(now - self._clock, 1e-9)
         values = {**values, "images_per_second": speed}
         self._bar.update(step - self._last)
-        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed:.0f} images/s")
+        waits = f", {values['data_stall']:.0%} of the time waiting for data" if values["data_stall"] >= 0.05 else ""
+        self._bar.set_postfix_str(f"loss {values['loss']:.4f}, {speed:.0f} images/s{waits}")
         self._clock, self._last = now, step
         record = {"step": step, "images": step * self.config.data.batch_size, **values}
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}  # JSON has no NaN
@@ -224,6 +253,15 @@ class Log:
         self._lines.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+
+    def evaluated(self, step: int, values: dict[str, float]) -> None:
+        """Logs what an evaluation found, in a line of its own, under names that begin with eval/."""
+        named = {f"eval/{name}": value for name, value in values.items()}
+        self._lines.write(json.dumps({"step": step, **named}) + "\n")
+        self._lines.flush()
+        for name, value in named.items():
+            self._events.add_scalar(name, value, step)
+        tqdm.write(f"step {step}: {', '.join(f'{name} {value:.3f}' for name, value in values.items())}")
 
     def pictures(self, step: int, samples: np.ndarray, batch: Batch) -> None:
         """Writes a grid: samples, with the true pictures beside them, four pairs to a row."""

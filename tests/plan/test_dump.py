@@ -69,9 +69,10 @@ def test_memory_by_argument_and_peak(tmp_path):
         "    param.1{}: 65536 bytes (cumulative: 65936 bytes)\n  End\n"
     )
     (tmp_path / "m.after_optimizations_after_buffer_assignment.txt").write_text(PROGRAM.read_text())
-    memory = read_memory(tmp_path)
+    memory = read_memory(tmp_path, ["params", "opt_state", "batch"])
     assert memory.total == 4000000
     assert memory.arguments == {"params": 65536, "opt_state": 32768, "batch": 8192}
+    assert read_memory(tmp_path, ["params", "batch"]).arguments == {"other": 65536, "params": 32768, "batch": 8192}
     assert memory.saved == 0.75  # of what is no argument, the forward pass made 300 of 400 bytes
     assert "conv_general_dilated" in memory.largest[1]
 

@@ -223,6 +223,19 @@ def test_setup_ships_one_commit_and_keeps_its_versions(cloud):
     assert (cloud.home(1) / "pinned").read_text() == "jax==0.7.0\n"
 
 
+def test_a_bucket_is_mounted_so_that_folders_of_checkpoints_can_be_renamed(cloud):
+    (cloud.bin / "sudo").write_text('#!/bin/sh\nexec "$@"\n')
+    (cloud.bin / "gcsfuse").write_text('#!/bin/sh\nprintf "%s\\n" "$@" >"$HOME/mounted"\n')
+    for name in ("sudo", "gcsfuse"):
+        (cloud.bin / name).chmod(0o755)
+    mount = cloud.folder / "mount"
+    done = cloud.run("setup.sh", "pod", BUCKET="gs://bucket/a folder", MOUNT=mount)
+    assert done.returncode == 0 and mount.is_dir(), done.stderr
+    flags = (cloud.home(1) / "mounted").read_text().splitlines()
+    assert flags[-2:] == ["bucket", str(mount)] and flags[flags.index("--only-dir") + 1] == "a folder"
+    assert any(flag.startswith("--rename-dir-limit=") and int(flag.split("=")[1]) > 10_000 for flag in flags)
+
+
 def test_workers_that_differ_are_named(cloud):
     (cloud.bin / "uv").write_text(UV.replace("jax==0.7.0", "jax==0.7.${HOME: -1}"))
     done = cloud.run("setup.sh", "pod")

@@ -22,7 +22,7 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathnam
 
 
 class Store:
-    """A folder of training checkpoints, of which the newest `keep` stay, and the `best` of lowest loss.
+    """A folder of training checkpoints, of which the newest `keep` stay, and the `best` ones.
 
     A save is written in the background and counts only once it is whole, so an interrupted one leaves the one before
     it as the latest; `close` (or leaving the `with` block) waits for it.
@@ -57,7 +57,7 @@ class Store:
     def save(self, state: TrainState, config: TrainConfig, data_state: dict[str, Any], metrics: dict[str, Any]) -> None:
         """Saves the state under its step, with the data position and metrics (both JSON values) beside it.
 
-        The best checkpoints are those of the lowest metric `loss`.
+        The best checkpoints are those of the highest metric `score`, where there is none of the lowest `loss`.
         Saving a step that is already saved does nothing. Raises CheckpointError where the folder holds a later step
         than this (another run), or cannot be written.
         """
@@ -133,7 +133,8 @@ def restore_params_numpy(folder: str | Path, part: str = "ema") -> tuple[TrainCo
 
 
 def _loss(metrics: dict[str, float] | None) -> float:
-    return (metrics or {}).get("loss", math.inf)
+    known = metrics or {}
+    return -known["score"] if "score" in known else known.get("loss", math.inf)
 
 
 class _NewestAndBest(NamedTuple):

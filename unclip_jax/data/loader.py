@@ -8,21 +8,26 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from unclip_jax.config import DataConfig
+from unclip_jax.data import reader
 from unclip_jax.data.degrade import degrade
 from unclip_jax.data.emoji import Renderer, Scene, Scenes, Split, Window, caption_words
+from unclip_jax.data.reader import ENDLESS, Chosen
+from unclip_jax.data.records import DataError
 from unclip_jax.data.tokenizer import ClipTokenizer, kept_ids
 from unclip_jax.types import Batch
 
-ENDLESS = 2**40  # records; more than any run reads
-
 
 def scenes_of(config: DataConfig, split: Split = "train") -> Scenes:
-    """The scenes that a config describes."""
+    """The scenes that a config describes; DataError where its source is another."""
+    if config.source != "emoji":
+        raise DataError(f"only emoji scenes are known before they are drawn, and the source is '{config.source}'")
     return Scenes(config.concepts, config.backgrounds, config.single_fraction, config.seed, split, config.group)
 
 
 def tokenizer_of(config: DataConfig) -> ClipTokenizer:
-    """The tokenizer cut down to the words of a config's captions."""
+    """The tokenizer cut down to the words of a config's scenes; the whole one for any other source."""
+    if config.source != "emoji":
+        return ClipTokenizer(config.context_length)
     return ClipTokenizer(config.context_length, kept_ids(caption_words(scenes_of(config))))
 
 
@@ -131,11 +136,17 @@ def batches(
     buffer: int = 4,
     rows: Int[np.ndarray, " r"] | None = None,
     redrawn: UInt8[np.ndarray, "r k k 3"] | None = None,
+    chosen: Chosen | None = None,
+    pictures: bool = True,
 ) -> Iterator[Batch]:
-    """Batches of a config from step `start` on, as numpy arrays, read ahead by threads.
+    """Batches of a config from step `start` on, as numpy arrays, read ahead by threads, and by processes from files.
 
     rows: those of every batch that this host reads (`sharding.host_rows`), None: all of them. redrawn: see EmojiSource.
+    chosen, pictures: of sources other than emoji, what `reader.choose` gave, and whether to read the pictures.
     """
+    if config.source != "emoji":
+        tokenizer, chosen = tokenizer or tokenizer_of(config), chosen or reader.choose(config)
+        return reader.read(config, chosen, tokenizer, start=start, rows=rows, pictures=pictures)
     rows = np.arange(config.batch_size) if rows is None else rows
     data = grain.MapDataset.source(_Rows(EmojiSource(config, split, tokenizer, redrawn), config.batch_size, rows))
     data = data.batch(len(rows), batch_fn=_stack)[start:]

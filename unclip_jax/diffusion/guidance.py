@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from unclip_jax.diffusion.gaussian import epsilon_from_x0, over
 from unclip_jax.diffusion.schedule import Schedule
+from unclip_jax.sharding import rows
 from unclip_jax.types import Denoise, Prediction, Timesteps
 
 PerExample = float | Float[Array, ""] | Float[Array, " b"]
@@ -28,9 +29,9 @@ def classifier_free(denoise_doubled: Denoise, scale: PerExample, rescale: PerExa
     """
 
     def denoise(x: Float[Array, "b *d"], t: Timesteps) -> Prediction:
-        b = x.shape[0]
+        b, x = x.shape[0], rows(x)
         both = denoise_doubled(jnp.concatenate([x, x]), jnp.concatenate([t, t]))
-        uncond, cond = both.x0[:b], both.x0[b:]
+        uncond, cond = rows((both.x0[:b], both.x0[b:]))
         guided = uncond + _broadcast(scale, x) * (cond - uncond)
         if not (isinstance(rescale, float) and rescale == 0):
             axes = tuple(range(1, x.ndim))

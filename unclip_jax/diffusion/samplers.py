@@ -21,6 +21,7 @@ from unclip_jax.diffusion.gaussian import (
     renoise,
 )
 from unclip_jax.diffusion.schedule import Schedule, StepTable
+from unclip_jax.sharding import rows
 from unclip_jax.types import Denoise, Keys, Timesteps
 
 Variance = Literal["small", "large", "learned"]
@@ -182,4 +183,4 @@ def dpm_solver_pp_2m(schedule: Schedule) -> Step:
 
 
 def _normal(keys: Keys, draw: Int32[Array, ""], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, draw), shape, jnp.float32))(keys)
+    return rows(jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, draw), shape, jnp.float32))(keys))

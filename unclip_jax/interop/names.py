@@ -11,6 +11,7 @@ import numpy as np
 
 from unclip_jax.checkpoint.schema import CheckpointError
 from unclip_jax.checkpoint.writing import Tensor, host
+from unclip_jax.models.stacking import unstack_blocks
 
 Layout = Literal["same", "linear", "conv"]
 Path = tuple[str, ...]
@@ -91,7 +92,11 @@ def check_names(entries: Iterable[Entry], shapes: Mapping[str, tuple[int, ...]],
 
 
 def export(entries: Iterable[Entry], tree: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A tree of parameters under their names and in their layout, each in the tree's dtype and made when it is used."""
+    """A tree of parameters under their names and in their layout, each in the tree's dtype and made when it is used.
+
+    Transformers may be scanned or not: published files know their blocks one by one.
+    """
+    tree = unstack_blocks(tree)
 
     def tensor(entry: Entry) -> Tensor:
         found = leaf(tree, entry.ours)

@@ -22,12 +22,15 @@ def products(primitive: Any, *_: Any, **parameters: Any) -> bool:
     return False
 
 
-def remembering(remat: Remat, function: Callable[..., Any]) -> Callable[..., Any]:
-    """function(module, *arrays), keeping what the policy says between its forward and its backward pass."""
+def remembering(remat: Remat, function: Callable[..., Any], *, looped: bool = False) -> Callable[..., Any]:
+    """function(module, *arrays), keeping what the policy says between its forward and its backward pass.
+
+    looped: it is the body of a scan, whose passes are two loops: no barrier need keep the compiler from merging them.
+    """
     match remat:
         case "none":
             return function
         case "products":
-            return nn.remat(function, policy=products)
+            return nn.remat(function, policy=products, prevent_cse=not looped)
         case "block":
-            return nn.remat(function)
+            return nn.remat(function, prevent_cse=not looped)

@@ -68,15 +68,18 @@ def attend_flash(
 
 
 class Memory(NamedTuple):
-    """Keys and values of one block, so that later tokens need not compute them again."""
+    """Keys and values of one block, or of all l that are scanned, so that later tokens need not compute them again."""
 
-    key: Float[Array, "b n h d"]
-    value: Float[Array, "b n h d"]
+    key: Float[Array, "*l b n h d"]
+    value: Float[Array, "*l b n h d"]
 
 
 def empty_memory(config: TransformerConfig, batch: int, length: int) -> tuple[Memory, ...]:
-    """Room for the keys and values of `length` tokens in every block, in the compute dtype."""
+    """Room for the keys and values of `length` tokens in every block, in the compute dtype; one of all if scanned."""
     shape = (batch, length, config.heads, config.head_dim or config.width // config.heads)
+    if config.scan:
+        blank = jnp.zeros((config.layers, *shape), dtype_of(config.dtype))
+        return (Memory(blank, blank),)
     blank = jnp.zeros(shape, dtype_of(config.dtype))
     return (Memory(blank, blank),) * config.layers
 
@@ -136,8 +139,9 @@ class Transformer(nn.Module):
     config: TransformerConfig
 
     def setup(self) -> None:
-        """Creates the blocks, block_0 and so on."""
-        self.block = [Block(self.config) for _ in range(self.config.layers)]
+        """Creates the blocks, block_0 and so on, or the one of all layers, block."""
+        layers = self.config.layers
+        self.block = Block(self.config) if self.config.scan else [Block(self.config) for _ in range(layers)]
 
     def __call__(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None, deterministic: bool = True
@@ -153,8 +157,12 @@ class Transformer(nn.Module):
         def call(block: Block, x: Array, visible: Array | None) -> Array:
             return block(x, visible, deterministic)[0]
 
+        call = remembering(self.config.remat, call, looped=self.config.scan)
+        if isinstance(self.block, Block):
+            every = self._scan(lambda block, x, visible: (rows(call(block, x, visible)), None), nn.broadcast)
+            return every(self.block, rows(x), visible)[0]
         for block in self.block:
-            x = rows(remembering(self.config.remat, call)(block, rows(x), visible))
+            x = rows(call(block, rows(x), visible))
         return x
 
     def extend(
@@ -172,8 +180,17 @@ class Transformer(nn.Module):
         causal = jnp.arange(mask.shape[1]) <= place + jnp.arange(x.shape[1])[:, None]
         visible = mask[:, None, None, :] & causal
         x = x.astype(dtype_of(self.config.dtype))
+        if isinstance(self.block, Block):
+            every = self._scan(lambda block, x, old: block(x, visible, True, old, place), 0)
+            x, new = every(self.block, x, memory[0])
+            return x, (new,)
         extended = []
         for block, old in zip(self.block, memory, strict=True):
             x, new = block(x, visible, True, old, place)
             extended.append(new)
         return x, tuple(extended)
+
+    def _scan(self, function: Any, inputs: Any) -> Any:
+        """function(block, x, input) -> (x, output) over all layers; inputs: 0 where each has its own, or broadcast."""
+        rngs: Any = {"params": True, "dropout": True}
+        return nn.scan(function, {"params": 0}, split_rngs=rngs, in_axes=inputs, length=self.config.layers)

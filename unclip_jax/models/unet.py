@@ -127,7 +127,7 @@ class UNet(nn.Module):
 
         h = nn.silu(GroupNorm(name="out_norm", **norm)(h))
         h = conv(config.out_channels * config.patch**2, config.dtype, "out", zero=True)(h)
-        return unfold(h.astype(jnp.float32), config.patch)
+        return rows(unfold(h.astype(jnp.float32), config.patch))
 
 
 def _check_inputs(config: UNetConfig, x: Array, context: Array | None) -> None:

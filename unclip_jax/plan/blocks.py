@@ -187,7 +187,7 @@ def _add(name: str, block: Block, generation: str) -> None:
         share = float((Path(folder) / "share").read_text())
     table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
     table.setdefault(generation, {})[str(block)] = round(share, 3)
-    part = TABLE.with_suffix(".part")
+    part = TABLE.with_suffix(f".{os.getpid()}.part")
     part.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     part.replace(TABLE)
     print(f"{generation} {block}: {100 * share:.0f}% of peak", flush=True)

@@ -161,7 +161,7 @@ def _read(folder: Path, request: Request, seconds: float, peak: float) -> Compil
     dump = folder / "dump"
     with next(dump.glob("*after_optimizations_after_buffer_assignment.txt")).open() as lines:
         program = read_program(lines, facts["trips"])
-    return Compiled(facts, read_memory(dump), program, None, None, seconds, peak)
+    return Compiled(facts, read_memory(dump, facts["arguments"]), program, None, None, seconds, peak)
 
 
 def _refusal(failure: str) -> tuple[str, float | None]:

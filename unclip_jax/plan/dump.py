@@ -6,7 +6,7 @@ jax's own readers of compiled programs count loops once, and fail on some of lib
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,55 +115,98 @@ def _collective(one: Instruction, shapes: dict[str, str], scatters: bool) -> tup
     return ("reduce-scatter" if scatters and kind == "all-reduce" else kind), group, first, size
 
 
-def read_memory(folder: Path) -> Memory:
-    """The memory of the program whose dump lies in a folder, at the compiler's peak."""
+def read_memory(folder: Path, names: Sequence[str] = ()) -> Memory:
+    """The memory of the program whose dump lies in a folder, at the compiler's peak; names: of its arguments in order.
+
+    Where there are thousands of them jax hands them over as one tuple, and the program has no names of its own.
+    """
     report = next(folder.glob("*memory-usage-report.txt")).read_text()
     total = re.search(r"color=0\)\s+Total bytes: (\d+)", report)
     if total is None:
         raise ValueError("the compiler's memory report names no total: this libtpu writes another format")
-    sizes: dict[int, float] = {}
+    sizes: dict[tuple[int, str], float] = {}
     with next(folder.glob("*after_optimizations-buffer-assignment.txt")).open() as lines:
         for line in lines:
-            if match := re.match(r"allocation \d+: size (\d+), parameter (\d+)", line):
-                sizes[int(match[2])] = float(match[1])
-    arguments: dict[str, float] = defaultdict(float)
-    entry = False
+            if match := re.match(r"allocation \d+: size (\d+), parameter (\d+),.* ShapeIndex \{(\d*)\}", line):
+                sizes[int(match[2]), match[3]] = float(match[1])
     with next(folder.glob("*after_optimizations_after_buffer_assignment.txt")).open() as lines:
-        for line in lines:
-            entry = entry or line.startswith("ENTRY")
-            if entry and (match := re.search(r" parameter\((\d+)\)", line)):
-                name = re.search(r'op_name="(?:state\.)?([a-z_]+)', line)
-                arguments[name[1] if name else "other"] += sizes.get(int(match[1]), 0.0)
-    saved, largest = _peak(folder)
+        computations, entry = _computations(lines)
+    arguments: dict[str, float] = defaultdict(float)
+    # Constants that jax turned into arguments come first.
+    first = sum(len(_shapes(one.shape)) for one in computations[entry] if one.opcode == "parameter") - len(names)
+    for (number, place), size in sizes.items():
+        at = (int(place) if place else number) - first
+        arguments[names[at] if 0 <= at < len(names) else "other"] += size
+    with next(folder.glob("*after_optimizations-live-range.txt")).open() as lines:
+        saved, largest = _peak(_alive(lines), computations, entry)
     return Memory(float(total[1]), dict(arguments), saved, largest)
 
 
-def _peak(folder: Path) -> tuple[float, tuple[str, ...]]:
+def _alive(lines: Iterable[str]) -> dict[tuple[str, tuple[int, ...]], float]:
+    """Bytes of every value at the peak, by the instruction that defines it and its place in that one's tuple."""
+    alive: dict[tuple[str, tuple[int, ...]], float] = defaultdict(float)
+    inside = False
+    for line in lines:
+        if inside and (match := re.match(r"\s+([\w.\-]+)\{([\d,]*)\}: (\d+) bytes", line)):
+            alive[match[1], tuple(map(int, match[2].split(","))) if match[2] else ()] += float(match[3])
+        elif inside:
+            break
+        inside = inside or "(peak):" in line
+    return alive
+
+
+def _peak(
+    alive: dict[tuple[str, tuple[int, ...]], float], computations: dict[str, list[Instruction]], entry: str
+) -> tuple[float, tuple[str, ...]]:
     """Which share of what is alive at the peak, besides arguments, the forward pass made; and the largest buffers."""
-    alive: dict[str, float] = {}
-    with next(folder.glob("*after_optimizations-live-range.txt")).open() as lines:
-        inside = False
-        for line in lines:
-            if inside and (match := re.match(r"\s+([\w.\-]+)\{[\d,]*\}: (\d+) bytes", line)):
-                alive[match[1]] = alive.get(match[1], 0.0) + float(match[2])
-            elif inside:
-                break
-            inside = inside or "(peak):" in line
-    made, rest, texts = 0.0, 0.0, {}
-    with next(folder.glob("*after_optimizations_after_buffer_assignment.txt")).open() as lines:
-        for line in lines:
-            match = _INSTRUCTION.match(line)
-            if match is None or match[1] not in alive or match[1] in texts:
-                continue
-            origin = re.search(r'op_name="([^"]*)"', line)
-            path = origin[1] if origin else match[3]
-            texts[match[1]] = f"{alive[match[1]] / 2**20:.0f} MiB {_SHAPE.findall(match[2])[0][:2]} {path}"
-            if match[3] == "parameter":
-                continue
-            rest += alive[match[1]]
-            made += alive[match[1]] * ("jvp(" in path and "transpose(" not in path and "rematted" not in path)
-    largest = sorted((name for name in alive if name in texts), key=lambda name: -alive[name])[:8]
-    return made / max(rest, 1.0), tuple(texts[name] for name in largest)
+    places = {one.name: (name, one) for name, body in computations.items() for one in body}
+    loops = {
+        part: one
+        for body in computations.values()
+        for one in body
+        if one.opcode == "while"
+        for part in re.findall(r"(?:body|condition)=%?([\w.\-]+)", one.rest)
+    }
+    made, rest, texts, parts = 0.0, 0.0, {}, {}
+    for (name, index), size in alive.items():
+        if name not in places:
+            continue
+        computation, source = _source(name, index, places, loops)
+        origin = re.search(r'op_name="([^"]*)"', source.rest)
+        path = origin[1] if origin else source.opcode
+        if name not in parts:  # some have thousands
+            parts[name] = _shapes(places[name][1].shape)
+        shapes = parts[name]
+        kind, sides, _ = shapes[index[0] if index and index[0] < len(shapes) else 0]
+        texts[name, index] = f"{size / 2**20:.0f} MiB {kind}[{','.join(map(str, sides))}] {path}"
+        if source.opcode == "parameter" and computation == entry:
+            continue
+        rest += size
+        made += size * ("jvp(" in path and "transpose(" not in path and "rematted" not in path)
+    largest = sorted(texts, key=lambda key: -alive[key])[:8]
+    return made / max(rest, 1.0), tuple(texts[key] for key in largest)
+
+
+def _source(
+    name: str,
+    index: tuple[int, ...],
+    places: dict[str, tuple[str, Instruction]],
+    loops: dict[str, Instruction],
+) -> tuple[str, Instruction]:
+    """The instruction that made a value, and its computation: what a loop carries was made before the loop."""
+    while True:
+        computation, one = places[name]
+        operands = _operands(one)
+        if one.opcode == "parameter" and computation in loops:
+            name = _operands(loops[computation])[0]
+        elif one.opcode == "get-tuple-element":
+            name, index = operands[0], (int(re.findall(r"index=(\d+)", one.rest)[0]), *index)
+        elif one.opcode == "tuple" and index:
+            name, index = operands[index[0]], index[1:]
+        elif one.opcode in ("bitcast", "copy") and operands:
+            name = operands[0]
+        else:
+            return computation, one
 
 
 def cycles(lines: Iterable[str], trips: int = 1) -> float:

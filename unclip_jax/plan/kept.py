@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ NETWORKS: dict[str, tuple[str, ...]] = {
     "karlo_decoder": BFLOAT16,
     "karlo_up256": BFLOAT16,
 }
+BY_BLOCK = ("dalle2_clip", "dalle2_prior", "dalle2_ar_prior", "dalle2_decoder")  # what they recompute
 CHIPS = 64  # of the slice that each network is trained on
 SAMPLED = {"dalle2_decoder": 4, "dalle2_up1024": 1, "karlo_up256": 4, "dalle2_up256": 4}  # images at once, else 16
 
@@ -56,15 +58,17 @@ def cases() -> Iterator[Case]:
     for generation in GENERATIONS.values():
         slices = all_slices(generation)
         for config in NETWORKS:
-            remat = "block" if config in ("dalle2_decoder", "dalle2_clip") else None
+            remat = "block" if config in BY_BLOCK else None
             place = next(one for one in slices if one.chips == CHIPS)
             yield Case(config, "train", place.name, "fsdp", remat, None)
             yield Case(config, "sample", slices[0].name, "dp", None, SAMPLED.get(config, 16))
         for place in slices:
             if 8 <= place.chips <= 256 and place.chips != CHIPS:
                 yield Case("dalle2_decoder", "train", place.name, "fsdp", "block", None)
-    # The prototype's rows of the decoder without recomputation, and with all of the model on every chip.
+    # The decoder without recomputation, with norms and attention alone computed again, and whole on every chip.
     yield Case("dalle2_decoder", "train", "v5p-128", "fsdp", "none", None)
+    yield Case("dalle2_decoder", "train", "v5p-128", "fsdp", "products", None)
+    yield Case("dalle2_decoder", "train", "v5e-256", "fsdp", "products", None)
     yield Case("dalle2_decoder", "train", "v5p-128", "dp", "block", None)
 
 
@@ -78,7 +82,8 @@ def add(case: Case, cache: Path | None) -> dict[str, Any]:
     options = argparse.Namespace(what=case.what, batch=case.batch, clip=None, depth="memory")
     config = apply(load_config(case.config), NETWORKS[case.config])
     request = request_of(options, config, parse_slice(case.slice), case.strategy, case.remat)
-    values = {**row(make_plan(request, cache)), "asked_remat": case.remat}
+    compiler = ", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu"))
+    values = {**row(make_plan(request, cache)), "asked_remat": case.remat, "compiler": compiler}
     with PLANS.open("a", encoding="utf-8") as lines:
         lines.write(json.dumps(values) + "\n")
     return values

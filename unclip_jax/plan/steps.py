@@ -89,7 +89,7 @@ def _training(config: TrainConfig, clip: ClipConfig | None, mesh: Mesh) -> Step:
     shardings = shard_state(state, mesh)
     context = _context(config, clip)
     key = _like(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
-    function = jax.jit(partial(train_step, config, stage), donate_argnums=0, out_shardings=(shardings, None))
+    function = jax.jit(partial(train_step, config, stage), donate_argnums=0)
     arguments = (
         _placed(state, shardings),
         _placed(context, shard_state(context, mesh, strict=False)),

@@ -33,7 +33,8 @@ def _convolve(
     split = split_axes(name, kernel.shape, mesh)
     reach, ways = kernel.shape[0] // 2, mesh.shape["spatial"]
     keeps = tuple(strides) == (1, 1) and not isinstance(padding, str) and tuple(padding[0]) == (reach, reach)
-    high = "spatial" if keeps and x.shape[1] % ways == 0 and x.shape[1] >= reach * ways else None
+    # A single row of devices has no neighbours to borrow pixels of: the convolution's own padding copies nothing.
+    high = "spatial" if ways > 1 and keeps and x.shape[1] % ways == 0 and x.shape[1] >= reach * ways else None
     row = BATCH_AXES if x.shape[0] % batch_ways(mesh) == 0 else None
     comes, goes = ("tensor" if axis == "tensor" else None for axis in split[2:])
 

@@ -61,6 +61,17 @@ def rule_of(name: str) -> Rule | None:
     return next((rule for rule in RULES if re.search(rf"(^|/){rule.pattern}$", name)), None)
 
 
+def _rule_here(name: str) -> Rule | None:
+    """The rule of a leaf, its axis counted as the leaf has it: after that of the layers."""
+    rule = rule_of(name)
+    return rule and rule._replace(axis=rule.axis + (is_stacked(name) and rule.axis >= 0))
+
+
+def is_stacked(name: str) -> bool:
+    """Whether a leaf holds that of every layer of a scanned transformer, along its first axis."""
+    return "block" in name.split("/")
+
+
 def shard_state(shape_tree: Any, mesh: Mesh | AbstractMesh, strict: bool = True) -> Any:
     """Tree of NamedSharding for a tree of shapes, such as `jax.eval_shape` of a TrainState.
 
@@ -91,12 +102,13 @@ def split_axes(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> 
 def _spec(name: str, shape: tuple[int, ...], fsdp: int, tensor: int) -> list[str | None]:
     """The mesh axis of each of a leaf's axes up to the last that is split."""
     spec: list[str | None] = [None] * len(shape)
-    if math.prod(shape) < SMALL:
+    if math.prod(shape[is_stacked(name) :]) < SMALL:
         return []
-    rule = rule_of(name) if tensor > 1 else None
+    rule = _rule_here(name) if tensor > 1 else None
     if rule is not None and shape[rule.axis] % tensor == 0:
         spec[rule.axis] = "tensor"
-    free = [axis for axis, length in enumerate(shape) if spec[axis] is None and length % fsdp == 0]
+    first = int(is_stacked(name))  # a scan reads one layer at a time, and no device should have to ask for it
+    free = [axis for axis, length in enumerate(shape) if axis >= first and spec[axis] is None and length % fsdp == 0]
     if fsdp > 1 and free:
         spec[max(free, key=lambda axis: shape[axis])] = "fsdp"
     while spec and spec[-1] is None:
@@ -108,9 +120,9 @@ def _problem(leaves: list[tuple[str, tuple[int, ...]]], fsdp: int, tensor: int) 
     """Why sizes do not suit a tree, None where they do."""
     used: set[str | None] = set()
     for name, shape in leaves:
-        size, spec = math.prod(shape), _spec(name, shape, fsdp, tensor)
+        size, spec = math.prod(shape[is_stacked(name) :]), _spec(name, shape, fsdp, tensor)
         used.update(spec)
-        rule = rule_of(name)
+        rule = _rule_here(name)
         if tensor > 1 and rule is not None and size >= SMALL and shape[rule.axis] % tensor:
             return f"tensor={tensor} does not divide axis {rule.axis % len(shape)} of {name}, of shape {shape}"
         if (fsdp > 1 or tensor > 1) and size > GIANT and not any(spec):

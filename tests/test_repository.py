@@ -24,7 +24,7 @@ LAYERS = (  # a module may import from its own layer and from those before it
     ("diffusion", "models", "data", "checkpoint"),
     ("stages",),
     ("train", "plan", "generate"),
-    ("edit", "evaluate"),
+    ("edit", "evaluate", "bench"),
     ("cli", "serve"),
 )
 

@@ -1,6 +1,7 @@
 """The `unclip` command: parses, builds the mesh, calls one function."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -8,7 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from textwrap import fill
 
-from unclip_jax import __version__, edit_command, paint_command, sample_command
+from unclip_jax import __version__, data_command, edit_command, eval_command, paint_command, sample_command
+from unclip_jax.bench import command as bench_command
 from unclip_jax.interop import commands as interop_command
 from unclip_jax.plan import command as plan_command
 
@@ -17,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, or 1 after one sentence on standard error."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.run not in (_train, plan_command.run):
+    if rest and options.run not in (_train, plan_command.run, bench_command.run):
         parser.error(f"unknown option {rest[0]}; see unclip {options.command} --help")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -56,6 +58,15 @@ def _parser() -> argparse.ArgumentParser:
     paint_command.add_parsers(commands)
     interop_command.add_parsers(commands)
     plan_command.add_parser(commands)
+    bench_command.add_parser(commands)
+    data_command.add_parser(commands)
+    eval_command.add_parser(commands)
+
+    doctor = commands.add_parser("doctor", help="say what this machine has, test every stage, and what is wrong")
+    sample_command.weights(doctor, chosen=False)
+    doctor.add_argument("--no-test", action="store_true", help="leave out the test of every stage, which compiles")
+    doctor.add_argument("--json", action="store_true", help="print findings and figures as JSON")
+    doctor.set_defaults(run=_doctor)
 
     vocabulary = commands.add_parser("vocabulary", help="list the words that a cascade was trained on")
     sample_command.weights(vocabulary, chosen=False)
@@ -110,6 +121,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
     return parser
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from unclip_jax.doctor import examine
+
+    def say(finding: object) -> None:
+        print(finding, flush=True)
+
+    if options.json:
+        report = examine(options.weights, test=not options.no_test)
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        report = examine(options.weights, test=not options.no_test, say=say)
+        print(report.summary)
+    return int(not report.healthy)
 
 
 def _vocabulary(options: argparse.Namespace) -> None:

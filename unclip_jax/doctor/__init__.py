@@ -1,0 +1,48 @@
+"""What this machine has, whether every stage works on it, what is wrong, and the command that mends it."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from unclip_jax.cascade import SHIPPED
+from unclip_jax.doctor.accelerators import devices
+from unclip_jax.doctor.findings import Finding, Report, sentence
+from unclip_jax.doctor.machine import cache, disk, memory, versions
+from unclip_jax.doctor.selftest import stages, weights_of
+
+__all__ = ["Finding", "Report", "examine"]
+
+
+def examine(
+    weights: str | Path | None = None, test: bool = True, say: Callable[[Finding], None] = lambda finding: None
+) -> Report:
+    """Everything there is to say about this machine; never raises.
+
+    weights: a cascade beside the shipped one, as load_cascade takes it, and then the one that is tested. test: run
+    every stage for a moment. say: is told of each finding as it is made. Every check is caught by itself. The cache of
+    compiled programs is switched on, as commands do: what the test compiles is what sampling runs.
+    """
+    findings: list[Finding] = []
+    sources = [SHIPPED] if weights is None else [SHIPPED, weights]
+    checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
+        ("versions", versions),
+        ("devices", devices),
+        ("memory", memory),
+        ("compile cache", cache),
+        ("disk", disk),
+        *[("weights", partial(weights_of, source)) for source in sources],
+        *([("stages", partial(stages, sources[-1]))] if test else []),
+    ]
+    for name, check in checks:
+        for finding in _caught(name, check):
+            findings.append(finding)
+            say(finding)
+    return Report(tuple(findings))
+
+
+def _caught(name: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from check()
+    except Exception as error:  # whatever a broken machine raises, the other checks go on
+        remedy = "mend what stands above, then run unclip doctor again; else report it with this line"
+        yield Finding(name, "wrong", f"could not be examined: {sentence(error)}", remedy)

@@ -96,7 +96,9 @@ def export(entries: Iterable[Entry], tree: Mapping[str, Any]) -> dict[str, Tenso
 
     Transformers may be scanned or not: published files know their blocks one by one.
     """
-    tree = unstack_blocks(tree)
+    entries = list(entries)
+    if any(key.startswith("block_") for entry in entries for key in entry.ours):
+        tree = unstack_blocks(tree)
 
     def tensor(entry: Entry) -> Tensor:
         found = leaf(tree, entry.ours)

@@ -1,5 +1,6 @@
 """A plan: a compiled step, its roofline, and both as text, JSON or a row of a table."""
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +127,12 @@ def _rounded(value: Any) -> Any:
     return value
 
 
+def _scaled(value: float) -> str:
+    """A number with a prefix of its size: 3.568G."""
+    power = min(int(math.log10(value)) // 3, 5) if value >= 1 else 0
+    return f"{value / 1000**power:.4g}{'KMGTP'[power - 1] if power else ''}"
+
+
 def text(plan: Plan) -> str:
     """A plan for people."""
     values = row(plan)
@@ -136,7 +143,7 @@ def text(plan: Plan) -> str:
     torus = " of " + "x".join(map(str, plan.request.slice.sides)) if plan.request.slice else ""
     lines = [
         f"{values['config']}: {doing} of {values['batch']} images on {values['slice']} ({chips} chips{torus})",
-        f"  {values['parameters'] / 1e6:,.0f}M parameters; {values['strategy']}: {sizes}{recompute}",
+        f"  {_scaled(values['parameters'])} parameters; {values['strategy']}: {sizes}{recompute}",
         "",
         *_memory_lines(plan, values),
         "",
@@ -171,14 +178,12 @@ def _memory_lines(plan: Plan, values: dict[str, Any]) -> list[str]:
 def _work_lines(values: dict[str, Any]) -> list[str]:
     analytic = values["model_flops"] + values["recomputed_flops"]
     lines = [
-        f"  FLOPs          {values['model_flops'] / 1e15:.4g} P of the model, "
-        f"{values['recomputed_flops'] / 1e15:.4g} P recomputed: {analytic / 1e15:.4g} P counted"
+        f"  FLOPs          {_scaled(values['model_flops'])} of the model, "
+        f"{_scaled(values['recomputed_flops'])} recomputed: {_scaled(analytic)} counted"
     ]
     if "compiled_flops" in values:
         compiled = values["compiled_flops"]
-        lines.append(
-            f"                 {compiled / 1e15:.4g} P in the compiled program ({compiled / analytic - 1:+.1%})"
-        )
+        lines.append(f"                 {_scaled(compiled)} in the compiled program ({compiled / analytic - 1:+.1%})")
     for kind, found in values.get("collectives", {}).items():
         lines.append(
             f"  {kind:<19}{found['count']:6.0f} of {found['gb']:.3g} GB in all, {found['wire_gb']:.3g} GB on each wire"

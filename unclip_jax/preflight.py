@@ -97,8 +97,9 @@ def meet(
 def _lead(own: Hello, port: int, shared: Path, timeout: float) -> dict[int, Peer]:
     """Host 0: gathers all others, compares and answers."""
     with ExitStack() as stack:
-        servers = [stack.enter_context(_server(number)) for number in (port + 1, port)]
-        hellos, peers, ahead = _gather(own, servers[0], servers[1], timeout)
+        # Whoever has found the second port tries the first, which is open by then.
+        probed, meeting = (stack.enter_context(_server(number)) for number in (port, port + 1))
+        hellos, peers, ahead = _gather(own, meeting, probed, timeout)
         try:
             problem = _problem(hellos, ahead) or _missing(own.hosts, hellos, port, timeout)
             if problem is None:

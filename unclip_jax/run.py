@@ -33,6 +33,7 @@ from unclip_jax.evaluate.training import check_of
 from unclip_jax.hosts import is_first, wait, whole
 from unclip_jax.inputs import embed_images, encode
 from unclip_jax.models import quantiser
+from unclip_jax.models.stacking import stack_blocks, unstack_blocks
 from unclip_jax.redraw import redrawn
 from unclip_jax.sharding import check_batch_size, host_rows
 from unclip_jax.stages import build
@@ -157,7 +158,11 @@ def _start(network: Network, init: Any, name: str, config: TrainConfig) -> Param
     match network.config.network, config.network:
         case DecoderConfig(unet=plain), DecoderConfig(unet=inpaints) if plain.in_channels < inpaints.in_channels:
             params = widen_stem(params, plain, inpaints)
-    check_tree(jax.eval_shape(init, jax.random.key(0)), params, name)
+    expected = jax.eval_shape(init, jax.random.key(0))
+    if jax.tree.structure(expected) != jax.tree.structure(params):  # blocks may be scanned here and not there
+        either = stack_blocks(params), unstack_blocks(params)
+        params = next((one for one in either if jax.tree.structure(one) == jax.tree.structure(expected)), params)
+    check_tree(expected, params, name)
     return params
 
 

@@ -257,7 +257,8 @@ class Log:
     def evaluated(self, step: int, values: dict[str, float]) -> None:
         """Logs what an evaluation found, in a line of its own, under names that begin with eval/."""
         named = {f"eval/{name}": value for name, value in values.items()}
-        self._lines.write(json.dumps({"step": step, **named}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in named.items()}
+        self._lines.write(json.dumps({"step": step, **finite}) + "\n")
         self._lines.flush()
         for name, value in named.items():
             self._events.add_scalar(name, value, step)

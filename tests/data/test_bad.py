@@ -244,3 +244,28 @@ def test_a_full_disk_is_said(folder, cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("pathlib.Path.write_text", full)
     assert main(["data", "check", f"folder:{folder}", "--fix", str(tmp_path / "list")]) == 1
     assert "the disk is full" in capsys.readouterr().err and not (tmp_path / "list").exists()
+
+
+def test_tars_of_the_same_name_in_two_folders_keep_their_keys_apart(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        tar_of(tmp_path / folder / "00000.tar", [("1.jpg", jpeg(PLAIN)), ("1.txt", folder.encode())])
+    source = open_source(f"tar:{tmp_path}/*/00000.tar")
+    assert len({source.key(0), source.key(1)}) == 2 and {source[0].captions, source[1].captions} == {("a",), ("b",)}
+
+
+def test_a_missing_file_of_a_range_is_named(tmp_path):
+    tar_of(tmp_path / "00000.tar", [("1.jpg", jpeg(PLAIN)), ("1.txt", b"a")])
+    with pytest.raises(DataError, match=r"no file '.*00001.tar' of '.*\{00000..00001\}.tar'"):
+        open_source(f"tar:{tmp_path}/{{00000..00001}}.tar")
+
+
+def test_rows_without_the_key_or_with_a_broken_path_are_named_or_numbered(tmp_path):
+    (tmp_path / "1.jpg").write_bytes(jpeg(PLAIN))
+    lines = '{"id": "x", "file_name": "1.jpg", "text": "a"}\n{"file_name": "1.jpg", "text": "b"}\n'
+    (tmp_path / "t.jsonl").write_text(lines)
+    source = open_source(f"table:{tmp_path}/t.jsonl?key=id")
+    assert [source.key(0), source.key(1)] == ["x", "1.jpg"]
+    (tmp_path / "l.csv").write_bytes(b"file_name,text\n1.jpg,a\ncaf\xe9.jpg,b\n")
+    table = open_source(f"table:{tmp_path}/l.csv")
+    assert len(table) == 1 and "not UTF-8" in " ".join(table.problems)

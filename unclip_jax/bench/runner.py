@@ -55,7 +55,9 @@ def bench(
     limit: seconds that a case may take. predict: what a plan adds to a row.
     """
     setup = setup_of(config, clip, here, steps)
-    rows = [row for row in read(path) if row["setup"] == setup]
+    # What only ran out of time, or was ended from outside, deserves another try.
+    again = "took longer", "the process ended"
+    rows = [row for row in read(path) if row["setup"] == setup and not str(row.get("refused", "")).startswith(again)]
     known = {tuple(row[field] for field in Case._fields) for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     request = {"config": to_json(config), "clip": clip and to_json(clip), "steps": steps, "warmup": warmup}

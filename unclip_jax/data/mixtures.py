@@ -89,14 +89,14 @@ class Subset:
 def without(source: Source, path: str) -> tuple[Source, Bool[np.ndarray, " n"]]:
     """The source less the records that a list names, one key a line, and which of its records are kept.
 
-    What follows a tab in a line is a reason; lines that start with # are notes. Raises DataError where there is no such
-    list, or nothing remains.
+    What follows a tab in a line is a reason; lines that start with # and a blank are notes. Raises DataError where
+    there is no such list, or nothing remains.
     """
     try:
-        lines = whole(path, MOST_LIST).decode("utf-8", "replace").splitlines()
+        lines = whole(path, MOST_LIST).decode("utf-8", "replace").split("\n")
     except Broken as error:
         raise DataError(str(error)) from None
-    keys = {line.split("\t")[0] for line in lines if line and not line.startswith("#")}
+    keys = {line.rstrip("\r").split("\t")[0] for line in lines if line.strip() and not line.startswith("# ")}
     kept = np.asarray([source.key(index) not in keys for index in range(len(source))])
     if kept.all():
         return source, kept

@@ -33,11 +33,14 @@ def is_remote(path: str) -> bool:
 
 
 def find(pattern: str) -> list[File]:
-    """The files of a pattern with *, ?, [..] and {000..127}, sorted; DataError where there is none."""
-    files = [file for one in _braces(pattern) for file in (_find_remote(one) if is_remote(one) else _find_local(one))]
-    if not files:
-        raise DataError(f"there is no file '{pattern}'")
-    return sorted(set(files))
+    """The files of a pattern with *, ?, [..] and {000..127}, sorted; DataError where one of a range is not there."""
+    files: set[File] = set()
+    for one in _braces(pattern):
+        found = _find_remote(one) if is_remote(one) else _find_local(one)
+        if not found:
+            raise DataError(f"there is no file '{one}'" + (f" of '{pattern}'" if one != pattern else ""))
+        files.update(found)
+    return sorted(files)
 
 
 def _braces(pattern: str) -> list[str]:

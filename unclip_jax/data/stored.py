@@ -26,6 +26,11 @@ class StoredSource:
                 f"'{about.source}' has changed since '{place}' was made of it ({about.rows:,} records then, "
                 f"{len(self.source):,} now): run unclip data embed again into a new folder"
             )
+        some = (
+            np.unique(np.linspace(0, about.rows - 1, 1000).astype(int)) if pictures and about.rows else np.zeros(0, int)
+        )
+        if [self.source.key(int(row)) for row in some] != self._embeddings.keys(some):
+            raise DataError(f"'{pictures}' does not hold the records that '{place}' was made of")
         self.problems = self.source.problems
         self.digest = digest_of("stored", about.digest, about.clip, self.source.digest)
 

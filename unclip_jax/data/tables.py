@@ -61,7 +61,13 @@ class TableSource:
             if isinstance(image, Mapping):  # as the hub stores pictures: {"bytes": ..., "path": ...}
                 image = image.get("bytes") or image.get("path")
             path = image if isinstance(image, str) else None
-            key = _text(cells[names["key"]]) if names["key"] else path or f"row {number}"
+            if path is not None and _text(path) != path:
+                problems.append(
+                    f"the path in row {number} is not UTF-8, and the row is left out: save the file as UTF-8"
+                )
+                continue
+            own = cells.get(names["key"] or "")
+            key = _text(own) if own is not None else path or f"row {number}"
             if hash(key) in seen:
                 problems.append(f"row {number} has the key '{key}' of a row before it, and is left out")
                 continue

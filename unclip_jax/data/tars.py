@@ -38,7 +38,7 @@ class TarSource:
     def __init__(self, name: str, pattern: str, cache: Path | None = None) -> None:
         self.name, self.cache = name, cache
         self.files = remote.find(pattern)
-        self.digest = digest_of("tars", *self.files)
+        self.digest = digest_of("tars 2", *self.files)
         self.listing: Listing = listed(self.digest, {"key": "text", "file": "number"} | RANGES, self._rows, cache)
         self.problems = self.listing.problems
 
@@ -67,12 +67,15 @@ class TarSource:
         return Record(key, parts["image"], captions)
 
     def _rows(self, problems: list[str]) -> Iterator[Row]:
+        # img2dataset numbers its tars anew in every folder.
+        names = [Path(file.path).stem for file in self.files]
+        if len(set(names)) < len(names):
+            names = [file.path.removesuffix(".tar") for file in self.files]
         with ThreadPoolExecutor(4) as pool:  # buckets answer late
-            for number, (file, found) in enumerate(zip(self.files, pool.map(self._listed, self.files), strict=True)):
+            for number, found in enumerate(pool.map(self._listed, self.files)):
                 problems += found.problems
-                stem = Path(file.path).stem
                 for row in found.rows():
-                    yield row | {"key": f"{stem}/{row['key']}", "file": number}
+                    yield row | {"key": f"{names[number]}/{row['key']}", "file": number}
 
     def _listed(self, file: File) -> Listing:
         return listed(digest_of("tar", *file), {"key": "text"} | RANGES, partial(_records, file), self.cache)
@@ -208,7 +211,7 @@ def _pax_path(data: bytes) -> str | None:
     """The path in a pax header: lines of "LENGTH path=NAME"."""
     while data:
         length, space, _ = data.partition(b" ")
-        if not (space and length.isdigit() and 0 < int(length) <= len(data)):
+        if not (space and len(length) < 10 and length.isdigit() and 0 < int(length) <= len(data)):
             return None
         name, equals, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
         if name == b"path" and equals:

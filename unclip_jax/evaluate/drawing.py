@@ -1,5 +1,7 @@
 """Pictures of captions in batches of any size, kept in a work folder, so that an interrupted evaluation goes on."""
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ Setting = dict[str, Any]  # of Options' fields, none of them None; what belongs 
 class Drawn(NamedTuple):
     """pictures: one per caption. embeddings: of the prior, of unit length or not as its CLIP has them.
 
-    fresh: whether they were drawn now, and not found in the work folder.
+    fresh: whether all were drawn now, and none found in the work folder.
     """
 
     pictures: UInt8[np.ndarray, "n h w 3"]
@@ -73,7 +75,7 @@ def draw(
     """
     options = Options(**setting)
     key = digest_of(cascade.digest, sorted(setting.items()))
-    pictures, embeddings, fresh = [], [], False
+    pictures, embeddings, fresh = [], [], True
     for start in range(0, len(captions), batch):
         some, own = list(captions[start : start + batch]), list(seeds[start : start + batch])
         path = None if folder is None else folder / key / f"{digest_of(some, own)}.npz"
@@ -81,10 +83,12 @@ def draw(
         if found is None:
             filled = np.minimum(np.arange(min(batch, max(len(captions), 1))), len(some) - 1)
             found = _draw(cascade, [some[i] for i in filled], [own[i] for i in filled], options)
-            found, fresh = (found[0][: len(some)], found[1][: len(some)]), True
+            found = found[0][: len(some)], found[1][: len(some)]
             if path is not None:
                 with replacing(path) as temporary, temporary.open("wb") as file:
                     np.savez_compressed(file, pictures=found[0], embeddings=found[1])
+        else:
+            fresh = False
         pictures.append(found[0])
         embeddings.append(found[1])
     return Drawn(np.concatenate(pictures), np.concatenate(embeddings), fresh)
@@ -108,5 +112,5 @@ def _kept(path: Path) -> tuple[UInt8[np.ndarray, "n h w 3"], Float[np.ndarray, "
     try:
         with np.load(path, allow_pickle=False) as file:
             return file["pictures"], file["embeddings"]
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
         return None

@@ -28,6 +28,7 @@ from unclip_jax.evaluate.features import (
     look,
     look_once,
 )
+from unclip_jax.evaluate.inception import DIM as INCEPTION_DIM
 from unclip_jax.evaluate.inception import load_inception
 from unclip_jax.evaluate.pairs import HELD_OUT, TRAINED, Pairs, read_pairs
 from unclip_jax.evaluate.quality import METRICS, SWEPT, Metric, Ruler, check_rank, floor_figures
@@ -94,7 +95,11 @@ def metrics_of(options: Namespace, pairs: Pairs, cascade: Cascade) -> tuple[Metr
     count = len(pairs.captions)
     reasons = {
         "faithfulness": "" if pairs.scenes else "only emoji scenes say what a picture must show",
-        "fid": "" if options.inception else "it needs InceptionV3's weights: name the file with --inception",
+        "fid": "it needs InceptionV3's weights: name the file with --inception"
+        if not options.inception
+        else ""
+        if options.statistics or count > INCEPTION_DIM
+        else f"its covariance needs more than {INCEPTION_DIM} pictures, not {count}: raise --n",
         "fd": "" if count > dim else f"its covariance needs more than {dim} pictures, not {count}: raise --n",
         "precision": "" if count > 3 else "it needs more than 3 pictures: raise --n",
         "memorisation": "" if _training(options) else "name what the cascade was trained on with --training",

@@ -1,6 +1,8 @@
 """Pictures as features of a network that looks at them, batch by batch over all devices, and kept for the next time."""
 
 import os
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -131,7 +133,7 @@ def load_seen(path: Path) -> Seen:
         count = int(found.get("count", 2**31))
         features = found.get("features", np.zeros((0, len(mean)), np.float32))
         eye, size = str(found.get("eye", "")), int(found.get("size", 0))
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"'{path}' holds no statistics of pictures, an .npz of mu and sigma: {error}") from None
     if mean.ndim != 1 or sigma.shape != (len(mean), len(mean)):
         raise ValueError(f"'{path}' holds a mean and a covariance of shapes {mean.shape} and {sigma.shape}")

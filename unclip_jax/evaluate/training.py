@@ -41,8 +41,13 @@ def check_of(
     score: of a CLIP the share of captions that find their picture; of priors the cosine to the true embedding; of a
     decoder, which is given true embeddings, the cosine of its pictures' embeddings to them; of an upsampler the dB that
     it gains on bicubic. On config.eval_pictures held-out scenes, or the first pictures of config.eval_source, in every
-    process alike. Raises ValueError where that source is missing or empty.
+    process alike. Raises ValueError where that source is missing or empty, or the network needs more than these give.
     """
+    match config.network:
+        case DecoderConfig(unet=unet) if unet.in_channels != 3:
+            raise ValueError("an inpainting decoder is measured by unclip evaluate painting: set --eval-every 0")
+        case UpsamplerConfig(text_encoder=encoder) if encoder is not None:
+            raise ValueError("upsamplers that read text are not measured while they train: set --eval-every 0")
     captions, pictures, scenes = _held_out(config)
 
     def network(params: Params) -> Network:

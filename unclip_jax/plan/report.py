@@ -127,7 +127,7 @@ def _rounded(value: Any) -> Any:
     return value
 
 
-def _scaled(value: float) -> str:
+def _scaled(value: float | int) -> str:
     """A number with a prefix of its size: 3.568G."""
     power = min(int(math.log10(value)) // 3, 5) if value >= 1 else 0
     return f"{value / 1000**power:.4g}{'KMGTP'[power - 1] if power else ''}"

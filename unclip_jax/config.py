@@ -1,7 +1,7 @@
 """Frozen dataclasses, one per network and one per concern; every default is written here and nowhere else."""
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 PredictionType = Literal["epsilon", "x0", "v"]
@@ -250,12 +250,20 @@ class TrainConfig:
 
 def with_remat(network: NetworkConfig, remat: Remat) -> NetworkConfig:
     """The same network, each of whose blocks keeps what `remat` says."""
+    network = with_transformers(network, remat=remat)
+    match network:
+        case DecoderConfig() | UpsamplerConfig():
+            return replace(network, unet=replace(network.unet, remat=remat))
+    return network
+
+
+def with_transformers(network: NetworkConfig, **changes: Any) -> NetworkConfig:
+    """The same network, with other fields of each of its transformers."""
     match network:
         case ClipConfig():
-            vision, text = replace(network.vision, remat=remat), replace(network.text, remat=remat)
+            vision, text = replace(network.vision, **changes), replace(network.text, **changes)
             return replace(network, vision=vision, text=text)
         case PriorConfig() | ArPriorConfig():
-            return replace(network, transformer=replace(network.transformer, remat=remat))
+            return replace(network, transformer=replace(network.transformer, **changes))
         case DecoderConfig() | UpsamplerConfig():
-            encoder = network.text_encoder and replace(network.text_encoder, remat=remat)
-            return replace(network, unet=replace(network.unet, remat=remat), text_encoder=encoder)
+            return replace(network, text_encoder=network.text_encoder and replace(network.text_encoder, **changes))

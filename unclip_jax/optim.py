@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
 from unclip_jax.config import OptimConfig
-from unclip_jax.sharding import SMALL
+from unclip_jax.sharding import SMALL, is_stacked, path_name
 from unclip_jax.types import Params
 
 
@@ -104,7 +104,7 @@ def _matrix_axes(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | Non
     if names[-1] != "kernel" or len(leaf.shape) < 2 or ends:
         return None
     last = len(leaf.shape) - 1
-    return MuonDimensionNumbers(tuple(range(int("block" in names), last)), last)
+    return MuonDimensionNumbers(tuple(range(is_stacked(path_name(path)), last)), last)
 
 
 def ema_update(ema: Params, params: Params, step: Int[Array, ""] | int, decay: float) -> Params:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from unclip_jax.data.listing import Listing, Row, listed
+from unclip_jax.data.listing import ListedSource, Row, listed
 from unclip_jax.data.records import DataError, Record
 from unclip_jax.data.remote import whole
 from unclip_jax.data.texts import MOST_BYTES, lines_of
@@ -15,8 +15,10 @@ MOST_PICTURE = 2**28  # bytes of a picture's file
 MOST_TEXT = 256 * MOST_BYTES  # bytes of a file of captions; more of them are no captions
 
 
-class FolderSource:
+class FolderSource(ListedSource):
     """The pictures in a folder and its subfolders, in the order of their paths, which are their keys."""
+
+    key_column = "path"
 
     def __init__(self, name: str, place: str, cache: Path | None = None) -> None:
         self.name, self.folder = name, os.path.abspath(os.path.expanduser(place))
@@ -28,8 +30,7 @@ class FolderSource:
         for path, text, status in _walk(self.folder):
             facts.update(f"{path}\0{text}\0{status}\n".encode(errors="surrogateescape"))
         self.digest = facts.hexdigest()[:16]
-        self.listing: Listing = listed(self.digest, {"path": "text", "text": "text"}, self._rows, cache)
-        self.problems = self.listing.problems
+        super().__init__(listed(self.digest, {"path": "text", "text": "text"}, self._rows, cache))
 
     def _rows(self, problems: list[str]) -> Iterator[Row]:
         for path, text, _ in _walk(self.folder):
@@ -39,13 +40,6 @@ class FolderSource:
                 problems.append(f"the name of {path!r} is not UTF-8: rename it")
                 continue
             yield {"path": path, "text": text or None}
-
-    def __len__(self) -> int:
-        return len(self.listing)
-
-    def key(self, index: int) -> str:
-        """The path of a picture, as seen from the folder."""
-        return self.listing.value(index, "path")
 
     def __getitem__(self, index: int) -> Record:
         row = self.listing.row(index)

@@ -83,6 +83,26 @@ class Listing:
             return self._reader.get_batch(number)
 
 
+class ListedSource:
+    """The part of a source that its listing knows: how many records there are, and their keys, in one of its columns.
+
+    Whoever inherits from it sets `name` and `digest`, reads records, and says where the keys are.
+    """
+
+    key_column = "key"
+
+    def __init__(self, listing: Listing) -> None:
+        self.listing = listing
+        self.problems = listing.problems
+
+    def __len__(self) -> int:
+        return len(self.listing)
+
+    def key(self, index: int) -> str:
+        """The key of a record."""
+        return self.listing.value(index, self.key_column)
+
+
 def listed(facts: str, columns: dict[str, str], rows: Rows, cache: Path | None = None) -> Listing:
     """The listing of these facts, made now where the cache has none.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip_jax.data.folders import MOST_PICTURE
-from unclip_jax.data.listing import Listing, Row, digest_of, listed
+from unclip_jax.data.listing import ListedSource, Row, digest_of, listed
 from unclip_jax.data.records import Broken, DataError, Record
 from unclip_jax.data.remote import whole
 from unclip_jax.data.texts import texts_of
@@ -20,7 +20,7 @@ COLUMNS = {"key": "text", "path": "text", "bytes": "bytes", "captions": "texts",
 MOST_LINE = 2**26  # bytes of one row of a CSV or JSONL file
 
 
-class TableSource:
+class TableSource(ListedSource):
     """The rows of a table; keys are those of its key column, else the pictures' paths, else row numbers.
 
     place: a .csv, .tsv, .jsonl or .parquet file; paths in it start from its folder. columns: names of the columns
@@ -33,15 +33,7 @@ class TableSource:
             raise DataError(f"there is no table '{place}'")
         status = os.stat(self.path)
         self.digest = digest_of("table", self.path, status.st_size, status.st_mtime_ns, sorted(columns.items()))
-        self.listing: Listing = listed(self.digest, COLUMNS, self._rows, cache)
-        self.problems = self.listing.problems
-
-    def __len__(self) -> int:
-        return len(self.listing)
-
-    def key(self, index: int) -> str:
-        """The key of a row."""
-        return self.listing.value(index, "key")
+        super().__init__(listed(self.digest, COLUMNS, self._rows, cache))
 
     def __getitem__(self, index: int) -> Record:
         row = self.listing.row(index)

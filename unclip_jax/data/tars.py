@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from unclip_jax.data import remote
 from unclip_jax.data.folders import ENDINGS, MOST_PICTURE
-from unclip_jax.data.listing import Listing, Row, digest_of, listed
+from unclip_jax.data.listing import ListedSource, Listing, Row, digest_of, listed
 from unclip_jax.data.records import Broken, DataError, Record
 from unclip_jax.data.remote import File
 from unclip_jax.data.texts import MOST_BYTES, lines_of, texts_of
@@ -32,22 +32,14 @@ class Member(NamedTuple):
     size: int
 
 
-class TarSource:
+class TarSource(ListedSource):
     """The records of all tars of a pattern, in the order of the tars' paths; keys are TAR/NAME."""
 
     def __init__(self, name: str, pattern: str, cache: Path | None = None) -> None:
         self.name, self.cache = name, cache
         self.files = remote.find(pattern)
         self.digest = digest_of("tars 2", *self.files)
-        self.listing: Listing = listed(self.digest, {"key": "text", "file": "number"} | RANGES, self._rows, cache)
-        self.problems = self.listing.problems
-
-    def __len__(self) -> int:
-        return len(self.listing)
-
-    def key(self, index: int) -> str:
-        """The key of a record."""
-        return self.listing.value(index, "key")
+        super().__init__(listed(self.digest, {"key": "text", "file": "number"} | RANGES, self._rows, cache))
 
     def __getitem__(self, index: int) -> Record:
         row = self.listing.row(index)

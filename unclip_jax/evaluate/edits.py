@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, UInt8
 
 from unclip_jax.cascade import Cascade
 from unclip_jax.data.emoji import PHRASES, SIDES, Scene, article
 from unclip_jax.data.vocabulary import BACKGROUNDS, Concept
 from unclip_jax.edit import Latent, difference, draw, interpolate, invert_pictures, move
-from unclip_jax.evaluate import upsampling
 from unclip_jax.evaluate.faithfulness import Judge, held_out, judge_of
 from unclip_jax.evaluate.report import Figures, Report
 from unclip_jax.evaluate.scenes import score, wilson
+from unclip_jax.evaluate.similarity import psnr
 from unclip_jax.generate import check, encode_prompts, generate
 from unclip_jax.inputs import RECOMMENDED, Options, picture_keys
 
@@ -136,11 +136,6 @@ def plain_caption(scene: Scene) -> str:
     nouns = [article(f"{words[item.side]} {item.concept.phrases[0]}".strip()) for item in scene.items]
     between = "" if scene.relation is None else f" {PHRASES[scene.relation][0]} "
     return f"{between.join(nouns)} on {article(scene.background)} background"
-
-
-def psnr(a: UInt8[np.ndarray, "b h w 3"], b: UInt8[np.ndarray, "b h w 3"]) -> Float[np.ndarray, " b"]:
-    """Peak signal-to-noise ratio of each pair of pictures in dB; 99 at most."""
-    return np.minimum(upsampling.psnr(a, b), 99)
 
 
 def psnr_figures(a: UInt8[np.ndarray, "b h w 3"], b: UInt8[np.ndarray, "b h w 3"]) -> dict[str, float]:

@@ -18,6 +18,7 @@ from unclip_jax.checkpoint.safetensors import Network
 from unclip_jax.checkpoint.writing import replacing
 from unclip_jax.compile_cache import user_cache
 from unclip_jax.config import ClipConfig
+from unclip_jax.data.embeddings import unit
 from unclip_jax.data.listing import digest_of
 from unclip_jax.data.tokenizer import TextTokenizer
 from unclip_jax.evaluate.distances import Moments
@@ -149,11 +150,6 @@ def check_comparable(real: Seen, drawn: Seen) -> None:
             f"statistics of pictures of {real.size} px cannot be compared with pictures of {drawn.size} px: "
             "make them again at that size"
         )
-
-
-def unit(x: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b d"]:
-    """Rows at unit length, float32."""
-    return (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-8)).astype(np.float32)
 
 
 def embed_captions(

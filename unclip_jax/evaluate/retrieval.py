@@ -12,6 +12,7 @@ from tqdm import tqdm
 from unclip_jax.cascade import tokenizer_from
 from unclip_jax.checkpoint.safetensors import Network
 from unclip_jax.config import ClipConfig, TrainConfig
+from unclip_jax.data.embeddings import unit
 from unclip_jax.data.emoji import OPPOSITE, Renderer, Scene, Scenes
 from unclip_jax.data.loader import scenes_of
 from unclip_jax.evaluate.report import Figures, Report
@@ -37,11 +38,7 @@ def top1(queries: Float[np.ndarray, "s n z"], keys: Float[np.ndarray, "s n z"]) 
 
 def mean_cosine(a: Float[np.ndarray, "*#b z"], b: Float[np.ndarray, "*#b z"]) -> float:
     """Mean cosine of the angle between vectors, row by row; either side may be broadcast."""
-    return float((_unit(a) * _unit(b)).sum(-1).mean())
-
-
-def _unit(x: Float[np.ndarray, "*b z"]) -> Float[np.ndarray, "*b z"]:
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-8)
+    return float((unit(a) * unit(b)).sum(-1).mean())
 
 
 def held_out_scenes(config: TrainConfig, names: Sequence[str] = ()) -> Scenes:
@@ -121,7 +118,7 @@ def _embed_sets(
     """Caption and picture embeddings at unit length."""
     captions, pictures = [], []
     for scenes in tqdm(sets, desc=what, unit="set", dynamic_ncols=True):
-        captions.append(_unit(np.asarray(encode_captions(clip, [scene.caption for scene in scenes]).embedding)))
+        captions.append(unit(np.asarray(encode_captions(clip, [scene.caption for scene in scenes]).embedding)))
         pictures.append(embed_pictures(clip, np.stack([renderer.render(scene) for scene in scenes])))
     return np.stack(captions), np.stack(pictures)
 
@@ -172,7 +169,7 @@ def prior_report(clip: Network, prior: Network, sets: int = 4, seed: int = 0, op
         keys = picture_keys(seed + number * SET, len(scenes))
         made = np.asarray(prior_embeddings(prior, keys, text, null, options))
         true = embed_pictures(clip, np.stack([renderer.render(scene) for scene in scenes]))
-        rows.append((made, _unit(np.asarray(text.embedding)), true))
+        rows.append((made, unit(np.asarray(text.embedding)), true))
     start = time.perf_counter()
     prior_embeddings(prior, keys, text, null, options).block_until_ready()
     milliseconds = 1e3 * (time.perf_counter() - start) / SET

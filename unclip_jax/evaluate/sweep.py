@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from unclip_jax.cascade import Cascade
 from unclip_jax.checkpoint.writing import replacing
+from unclip_jax.data.embeddings import unit
 from unclip_jax.data.listing import digest_of
 from unclip_jax.evaluate.drawing import Drawn, Setting, draw, setting_of
 from unclip_jax.evaluate.extras import reconstruction_figures
-from unclip_jax.evaluate.features import look, unit
+from unclip_jax.evaluate.features import look
 from unclip_jax.evaluate.quality import GROUP, Metric, Ruler, Scored, diversity, prior_figures, scored
 from unclip_jax.generate import check_seeds
 from unclip_jax.inputs import Options

@@ -11,13 +11,14 @@ from unclip_jax.checkpoint.safetensors import Network
 from unclip_jax.config import ArPriorConfig, ClipConfig, DecoderConfig, PriorConfig, TrainConfig, UpsamplerConfig
 from unclip_jax.data.decode import at_size
 from unclip_jax.data.degrade import degrade
+from unclip_jax.data.embeddings import unit
 from unclip_jax.data.emoji import Renderer, Scene
 from unclip_jax.data.loader import scenes_of
 from unclip_jax.data.records import Broken, open_source
 from unclip_jax.data.tokenizer import TextTokenizer
 from unclip_jax.evaluate.distances import cmmd
 from unclip_jax.evaluate.faithfulness import Judge
-from unclip_jax.evaluate.features import embed_captions, unit
+from unclip_jax.evaluate.features import embed_captions
 from unclip_jax.evaluate.quality import prior_figures, retrieved
 from unclip_jax.evaluate.scenes import score
 from unclip_jax.evaluate.similarity import psnr

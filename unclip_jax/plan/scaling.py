@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from unclip_jax.config import TrainConfig
+from unclip_jax.config import TrainConfig, with_transformers
 from unclip_jax.overrides import load_config
 from unclip_jax.plan.slices import GENERATIONS, Generation
 from unclip_jax.plan.steps import frozen_clip
@@ -115,7 +115,7 @@ def step_of(config: TrainConfig, clip: str | None = None) -> Step:
     from unclip_jax.plan.flops import count
     from unclip_jax.plan.steps import loss_shapes
 
-    config = replace(config, network=_unrolled(config.network))  # every layer is to be seen once
+    config = replace(config, network=with_transformers(config.network, scan=False))  # every layer is to be seen once
     frozen = frozen_clip(config, clip)
     stage = build(config, frozen)
     params, *rest = loss_shapes(config, frozen, rows=1)
@@ -136,17 +136,6 @@ def step_of(config: TrainConfig, clip: str | None = None) -> Step:
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     batch = config.data.batch_size
     return Step(float(parameters), batch, 3 * count(jaxpr).total * batch, float(summed), float(halo), float(told))
-
-
-def _unrolled(network: Any) -> Any:
-    """The same network with every scanned transformer's layers one by one."""
-    from dataclasses import fields
-
-    from unclip_jax.config import TransformerConfig
-
-    parts = {field.name: getattr(network, field.name) for field in fields(network)}
-    found = {name: part for name, part in parts.items() if isinstance(part, TransformerConfig)}
-    return replace(network, **{name: replace(part, scan=False) for name, part in found.items()})
 
 
 def kept_wires(config: str, generation: str) -> dict[tuple[str, int], float]:

@@ -25,7 +25,7 @@ from unclip_jax.sharding.inside import (
     shift,
     total,
 )
-from unclip_jax.sharding.rules import GIANT, RULES, SMALL, Rule, replicated, shard_state
+from unclip_jax.sharding.rules import GIANT, RULES, SMALL, Rule, is_stacked, path_name, replicated, shard_state
 from unclip_jax.sharding.strategy import (
     AXES,
     NAMES,
@@ -54,10 +54,12 @@ __all__ = [
     "check_height",
     "convolution",
     "host_rows",
+    "is_stacked",
     "make_mesh",
     "on",
     "over_heads",
     "over_rows",
+    "path_name",
     "place",
     "platform",
     "put_batch",

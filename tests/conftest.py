@@ -1,6 +1,7 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,15 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = tempfile.mkdtemp(prefix="unclip-tests-")
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+@pytest.fixture
+def exact_division() -> Iterator[None]:
+    """The processor, for what equals another program's float32 bit by bit: GPUs do not divide as exactly."""
+    import jax
+
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,8 @@ def sample_prior(
         return normalise(drawn) if unit_length else drawn
 
     drawn = jax.lax.map(candidate, jnp.arange(candidates))
-    best = jnp.argmax(jnp.einsum("cbz,bz->cb", jax.vmap(normalise)(drawn), normalise(text.embedding)), axis=0)
+    cosines = (jax.vmap(normalise)(drawn) * normalise(text.embedding)).sum(-1)
+    best = jnp.argmax(cosines, axis=0)
     return jnp.take_along_axis(drawn, best[None, :, None], axis=0)[0]
 
 

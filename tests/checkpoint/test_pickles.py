@@ -119,7 +119,7 @@ class Payload:
     ("function", "argument", "name"),
     [
         (os.system, "touch TARGET", "(posix|nt).system"),
-        (builtins.open, "TARGET", "io.open"),
+        (builtins.open, "TARGET", f"{builtins.open.__module__}.open"),
         (builtins.eval, "open('TARGET', 'w')", "(__builtin__|builtins).eval"),
     ],
 )

@@ -259,7 +259,7 @@ def published_step(t, t_next, x, x0, raw, noise):
 
 
 @pytest.mark.parametrize("learned", [False, True])
-def test_ddpm_steps_are_the_published_schedulers(learned):
+def test_ddpm_steps_are_the_published_schedulers(learned, exact_division):
     x, x0, raw = np.array(jax.random.normal(jax.random.key(1), (3, 2, 64)))
     x0, raw = np.clip(x0, -1, 1), np.tanh(raw)
     keys = keys_of(2)

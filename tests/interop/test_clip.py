@@ -99,7 +99,7 @@ def test_every_output_is_the_reference_s(published):
     np.testing.assert_allclose(text.states, reference.text_model_output.last_hidden_state, atol=1e-5)
     np.testing.assert_allclose(text.embedding, embedding, atol=1e-5)
     assert np.std(theirs) > 0.3 and np.std(embedding) > 0.3  # so that the tolerance is a small one
-    logits = scale * normalise(image) @ normalise(text.embedding).T
+    logits = np.asarray(scale) * np.asarray(normalise(image)) @ np.asarray(normalise(text.embedding)).T
     np.testing.assert_allclose(logits, reference.logits_per_image, atol=2e-5)  # 18 times a cosine
 
 

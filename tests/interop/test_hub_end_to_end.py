@@ -52,9 +52,9 @@ def test_a_cascade_comes_from_a_pinned_revision_over_a_connection_that_breaks(hu
     hub.push(content(tiny_karlo.picture), PICTURE)
     largest = max(files, key=lambda name: len(files[name]))
     hub.cuts = {largest: 1, "prior/diffusion_pytorch_model.safetensors": 2}
-    found = load_cascade(f"{TEXT}@{commit}")
+    found = load_cascade(f"{TEXT}@{commit}", "float32")
     assert set(hub.cuts.values()) == {0} and hub.fetched().count(largest) == 2
-    local = load_cascade(tiny_karlo.text)
+    local = load_cascade(tiny_karlo.text, "float32")
     assert found.digest == local.digest and same(params_of(found), params_of(local))
     both = load_cascade(f"{TEXT}@{commit},{PICTURE}", offload="always")
     assert both.prior is not None and "image_projection" in both.clip.params

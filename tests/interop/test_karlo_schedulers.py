@@ -32,7 +32,7 @@ def torch_layout(x: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("settings", [PRIOR, DECODER, UPSAMPLER], ids=["prior", "decoder", "upsampler"])
-def test_steps_are_those_of_the_unclip_scheduler(oracle, monkeypatch, settings):
+def test_steps_are_those_of_the_unclip_scheduler(oracle, monkeypatch, settings, exact_division):
     from diffusers.schedulers import scheduling_unclip
 
     config = diffusion_config(settings)

@@ -45,7 +45,7 @@ PARTS = ("prior", "text_proj", "decoder", "super_res_first", "super_res_last")
 
 @pytest.fixture(scope="module")
 def cascade(tiny_karlo) -> Cascade:
-    return load_cascade([tiny_karlo.text, tiny_karlo.picture])
+    return load_cascade([tiny_karlo.text, tiny_karlo.picture], "float32")
 
 
 class Noise:
@@ -133,7 +133,7 @@ def test_pictures_of_prompts_are_those_of_diffusers(cascade, tiny_karlo, noise, 
     ours = unrounded(module, monkeypatch, lambda: generate(cascade, prompts, seed, options), cascade)
     assert apart(ours, theirs) < 1e-3
     if options.steps == 4:  # the programs are compiled by now
-        turned = load_cascade([tiny_karlo.text, tiny_karlo.picture], offload="always")
+        turned = load_cascade([tiny_karlo.text, tiny_karlo.picture], "float32", offload="always")
         np.testing.assert_array_equal(
             generate(turned, prompts, seed, options), generate(cascade, prompts, seed, options)
         )
@@ -141,7 +141,7 @@ def test_pictures_of_prompts_are_those_of_diffusers(cascade, tiny_karlo, noise, 
 
 @pytest.mark.parametrize("options", [RECOMMENDED, Options(steps=4, guidance=1.0)], ids=["defaults", "guidance_off"])
 def test_variations_of_a_picture_are_those_of_diffusers(tiny_karlo, noise, monkeypatch, options):
-    alone = load_cascade(tiny_karlo.picture)
+    alone = load_cascade(tiny_karlo.picture, "float32")
     given = stages(noise, alone, 7, 2, options.steps or DECODER_STEPS)
     if options is not RECOMMENDED:
         given |= {"decoder_num_inference_steps": options.steps, "decoder_guidance_scale": options.guidance}

@@ -153,7 +153,8 @@ def test_attention_in_one_kernel_sees_the_same_keys(told, monkeypatch):
 
     expected = run()
     monkeypatch.setattr(unet_blocks, "flash", lambda query: True)
-    got = run()
+    with jax.default_matmul_precision("highest"):  # the kernel is for bfloat16, and so is the stand-in's default
+        got = run()
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
 
 
@@ -232,6 +233,8 @@ def test_condition_drops_image_and_text(decoder):
 
     null = params["null_image"]
     given = jnp.where(KEEP_IMAGE[:, None], image, null)
+    # In numpy, which unlike matrix units rounds nothing.
+    given, z_t, params = jax.tree.map(np.asarray, (given, z_t, params))
     dense = {name: (p["kernel"], p["bias"]) for name, p in params.items() if name.startswith(("image_", "text_to"))}
     embedding = given @ dense["image_to_time"][0] + dense["image_to_time"][1]
     embedding += KEEP_TEXT[:, None] * (z_t @ dense["text_to_time"][0] + dense["text_to_time"][1])
@@ -284,8 +287,8 @@ def test_own_text_encoder_hides_padding():
     states, embedding = encode(jnp.asarray([[4, 5, 6, 0, 0]]), mask)
     again, embedding_again = encode(jnp.asarray([[4, 5, 6, 9, 8]]), mask)
     np.testing.assert_array_equal(states[:, :3], again[:, :3])
-    np.testing.assert_array_equal(embedding, states[:, 2])
     np.testing.assert_array_equal(embedding, embedding_again)
+    np.testing.assert_allclose(embedding, states[:, 2], atol=1e-6)  # the compiler may normalise the one row anew
 
 
 def test_upsampler_reads_the_low_picture_at_any_size():

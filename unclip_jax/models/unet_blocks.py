@@ -157,7 +157,9 @@ def visible_first(tokens: Float[Array, "b m d"], mask: Bool[Array, "b m"]) -> Fl
     """The tokens of each row reordered: those that the mask shows come first, in their order, then the hidden ones."""
     place = jnp.where(mask, jnp.cumsum(mask, axis=1), mask.sum(1, keepdims=True) + jnp.cumsum(~mask, axis=1)) - 1
     # A product with ones and zeros moves tokens exactly, and unlike a gather it is as fast backwards.
-    return jnp.einsum("bmp,bmd->bpd", jax.nn.one_hot(place, mask.shape[1], dtype=tokens.dtype), tokens)
+    places = jax.nn.one_hot(place, mask.shape[1], dtype=tokens.dtype)
+    precision = precision_of("float32" if tokens.dtype == jnp.float32 else "bfloat16")
+    return jnp.einsum("bmp,bmd->bpd", places, tokens, precision=precision)
 
 
 class AttentionBlock(nn.Module):

@@ -20,12 +20,16 @@ TOP = {
     "CONTRIBUTING.md",
 }
 LAYERS = (  # a module may import from its own layer and from those before it
-    ("types", "config", "sharding"),
-    ("diffusion", "models", "data", "checkpoint"),
-    ("stages",),
-    ("train", "plan", "generate"),
-    ("edit", "evaluate", "bench"),
-    ("cli", "serve"),
+    ("types", "config", "sharding", "compile_cache", "pictures", "preemption", "watchdog"),
+    ("diffusion", "models", "checkpoint", "overrides", "optim", "contrastive", "masks", "preflight"),
+    ("data", "stages", "hosts", "offload"),
+    ("train", "inputs", "rank"),
+    ("cascade", "interop", "priors", "output", "curate"),
+    ("generate", "plan"),
+    ("edit", "inpaint", "outpaint", "mural", "redraw", "bench"),
+    ("evaluate", "run", "doctor"),
+    ("sample", "sample_command", "edit_files", "paint_files"),  # a command's options import nothing heavy
+    ("cli", "edit_command", "paint_command", "embed_command", "data_command", "eval_command", "check_command"),
 )
 
 
@@ -71,6 +75,13 @@ def test_readme_has_both_commands():
 def test_diffusion_sees_no_network(path):
     seen = {name for name in imports(path) if name.split(".")[0] == "flax" or name.startswith("unclip_jax.models")}
     assert seen == set()
+
+
+def test_every_module_has_its_layer():
+    modules = {
+        path.stem for path in (ROOT / "unclip_jax").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert modules - {"__init__"} == {name for names in LAYERS for name in names}
 
 
 @pytest.mark.parametrize("layer", range(len(LAYERS)))

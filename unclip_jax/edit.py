@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from unclip_jax.cascade import Cascade
 from unclip_jax.config import ClipConfig, DecoderConfig, TrainConfig
+from unclip_jax.data.embeddings import unit
 from unclip_jax.diffusion import samplers
 from unclip_jax.diffusion.guidance import limit_noise
 from unclip_jax.diffusion.schedule import StepTable, make_schedule, reverse_table, strided_timesteps
@@ -178,7 +179,7 @@ def probe(
     rebuilt = np.stack([basis.mean + basis.components[:, :k] @ coefficients[:k] for k in components])
     keys, rows = _one_key(seed, len(components)), len(components)
     unit_length = cascade.clip.config.network.unit_length  # type: ignore[union-attr]
-    latent = Latent(_unit(rebuilt) if unit_length else rebuilt, _noise(cascade, keys), *_captions(cascade, [""] * rows))
+    latent = Latent(unit(rebuilt) if unit_length else rebuilt, _noise(cascade, keys), *_captions(cascade, [""] * rows))
     return draw(cascade, keys, latent, options, progress, inverted=False)
 
 
@@ -187,7 +188,7 @@ def slerp(
 ) -> Float[np.ndarray, "b *d"]:
     """Spherical interpolation row by row, float32: share 0 gives a, 1 gives b, and rows of equal norm keep it."""
     one, other = (x.reshape(len(x), -1).astype(np.float64) for x in (a, b))
-    angle = np.arccos(np.clip((_unit(one) * _unit(other)).sum(1), -1, 1))[:, None]
+    angle = np.arccos(np.clip((unit(one) * unit(other)).sum(1), -1, 1))[:, None]
     share = np.asarray(share, np.float64)[:, None]
     flat = np.sin(angle) < 1e-6  # parallel: there is no arc, or no single one
     sine = np.where(flat, 1, np.sin(angle))
@@ -222,11 +223,11 @@ def move(
 
 def difference(cascade: Cascade, old: str, new: str) -> Float[np.ndarray, " z"]:
     """The text diff vector z_d of unit length; ValueError where both captions are the same to CLIP."""
-    before, after = _unit(np.asarray(encode_prompts(cascade, [old, new]).embedding))
+    before, after = unit(np.asarray(encode_prompts(cascade, [old, new]).embedding))
     between = after - before if old else after
     if np.linalg.norm(between) < 1e-4:
         raise ValueError("both captions say the same to CLIP: there is no difference to draw")
-    return _unit(between[None])[0]
+    return unit(between[None])[0]
 
 
 def embedding_basis(cascade: Cascade, pictures: int = 2048) -> Basis:
@@ -386,10 +387,6 @@ def _one_key(seed: int, count: int) -> Keys:
 def _noise(cascade: Cascade, keys: Keys) -> Float[np.ndarray, "b h w 3"]:
     side = cascade.sizes[0]
     return np.asarray(samplers.initial_noise(stage_keys(keys, DECODER), (side, side, 3)))
-
-
-def _unit(x: Float[np.ndarray, "b d"]) -> Float[np.ndarray, "b d"]:
-    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
 
 
 def _check(cascade: Cascade, options: Options, pictures: int, seed: int, seeds: int) -> None:

@@ -56,7 +56,7 @@ def clip_by_known_norm(limit: float) -> optax.GradientTransformationExtraArgs:
     def update(
         updates: Any, state: Any, params: Any = None, *, norm: Float[Array, ""] | None = None, **others: Any
     ) -> tuple[Any, Any]:
-        factor = jnp.minimum(1.0, limit / (optax.global_norm(updates) if norm is None else norm))
+        factor = jnp.minimum(1.0, limit / (optax.tree.norm(updates) if norm is None else norm))
         return jax.tree.map(lambda x: x * factor.astype(x.dtype), updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)

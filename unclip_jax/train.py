@@ -81,7 +81,7 @@ def train_step(
     grads, old = as_state(grads), state
     if joins := config.optim.kind == "adamw":
         grads, old = map_like(join_vectors, (grads, state), state.params)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     descend = optimizer(config.optim, old.params)
     updates, opt_state = descend.update(grads, old.opt_state, old.params, norm=norm)

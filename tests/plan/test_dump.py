@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from unclip_jax.config import ClipConfig, DataConfig, DiffusionConfig, PriorConfig, TrainConfig, TransformerConfig
-from unclip_jax.plan.compiler import Compiled, _refusal, compile_request
+from unclip_jax.plan.compiler import Compiled, _complete, _refusal, compile_request
 from unclip_jax.plan.dump import read_memory, read_program
 from unclip_jax.plan.report import Plan, row, text
 from unclip_jax.plan.request import Request
@@ -40,6 +40,21 @@ def test_collectives_by_kind_group_and_loop(program):
     assert found["collective-permute"].wire == 2 * 64 * 512
 
 
+def test_combined_collectives_count_whole_and_steps_of_one_chain_once(program):
+    groups = "channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}"
+    chain = f'all-gather(%param.3), {groups}, dimensions={{0}}, frontend_attributes={{chain_id="4"}}'
+    more = [
+        f"  %both.1 = (bf16[64,512], bf16[8,64,32]) all-reduce(%param.1, %param.2), {groups}, to_apply=%add\n",
+        f"  %begun = (bf16[8,32,16], bf16[16,32,16]) all-gather-start(%param.3), {groups}, dimensions={{0}}\n",
+        *(f"  %step.{n} = bf16[16,32,16] {chain}\n" for n in range(3)),
+    ]
+    text = PROGRAM.read_text().replace("  %start = ", "".join(more) + "  %start = ")
+    found = {(one.kind, one.group): one for one in read_program(text.splitlines(keepends=True)).collectives}
+    assert len(found) == len(program.collectives) + 2
+    assert found["all-reduce", 2][2:4] == (1, 2 * (64 * 512 + 8 * 64 * 32))
+    assert found["all-gather", 2][2:4] == (2, 2 * 2 * 16 * 32 * 16)
+
+
 def test_what_stays_on_the_chip_is_no_traffic_of_its_memory(program):
     kernel, picture = 2 * 9 * 128 * 256, 2 * 16 * 64 * 64 * 128
     body = 4 + kernel + (picture + kernel + 2 * picture)  # a copy reads its count; the gather writes; the fusion both
@@ -68,7 +83,7 @@ def test_memory_by_argument_and_peak(tmp_path):
         "    convolution.1{}: 300 bytes (cumulative: 400 bytes)\n"
         "    param.1{}: 65536 bytes (cumulative: 65936 bytes)\n  End\n"
     )
-    (tmp_path / "m.after_optimizations_after_buffer_assignment.txt").write_text(PROGRAM.read_text())
+    (tmp_path / "m.after_optimizations.txt").write_text(PROGRAM.read_text())
     memory = read_memory(tmp_path, ["params", "opt_state", "batch"])
     assert memory.total == 4000000
     assert memory.arguments == {"params": 65536, "opt_state": 32768, "batch": 8192}
@@ -87,6 +102,18 @@ def test_the_compilers_refusal_is_its_own_words_and_numbers():
     assert needs == 23.92 * 2**30
     with pytest.raises(RuntimeError, match="UNIMPLEMENTED"):
         _refusal("XlaRuntimeError\nUNIMPLEMENTED: something")
+
+
+def test_near_the_limit_the_compiler_has_the_last_word(tmp_path):
+    def say(total):
+        (tmp_path / "m.after_optimizations-memory-usage-report.txt").write_text(f"(color=0)\nTotal bytes: {total}\n")
+        return _complete(tmp_path, usable=1000.0)
+
+    assert _complete(tmp_path, 1000.0) == 0
+    assert say(900) > 0 and say(1100) > 0
+    assert say(990) == 0 and say(1010) == 0
+    (tmp_path / "m.after_optimizations_after_buffer_assignment.txt").write_text("program")
+    assert say(990) == len("program")
 
 
 TOWER = TransformerConfig(128, 1, 2, causal=True, dtype="bfloat16")
@@ -138,3 +165,15 @@ def test_a_plan_is_computed_once_and_says_what_it_needs(planned, monkeypatch):
 def test_names_and_logging_do_not_make_another_plan(planned):
     request, _, _ = planned
     assert request._replace(config=replace(TINY, name="other", log_every=3)).digest() == request.digest()
+
+
+def test_a_plan_for_the_devices_that_are_here_says_what_it_cannot_know(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # of the child
+    request = Request(TINY, CLIP, "sample", None, "dp", 0)
+    compiled = compile_request(request, tmp_path)
+    facts, memory = compiled.facts, compiled.memory
+    assert memory is not None and facts["images"] == facts["chips"]  # one picture for each of them
+    assert memory.arguments["params"] == pytest.approx(2 * facts["parameters"], rel=0.01)  # bf16, whole on each
+    assert sum(memory.arguments.values()) <= memory.total
+    plan = Plan(request, compiled, None)
+    assert plan.fits is None and "neither speed nor memory of 'cpu' is known" in text(plan)

@@ -12,7 +12,7 @@ from unclip_jax.config import (
 )
 from unclip_jax.plan.dump import Collective
 from unclip_jax.plan.roofline import Block, block_of, efficiency, roofline, transfer_seconds
-from unclip_jax.plan.scaling import STRATEGIES, Step, scaling, step_of, wire_bytes
+from unclip_jax.plan.scaling import STRATEGIES, Step, kept_wires, scaling, step_of, wire_bytes
 from unclip_jax.plan.slices import GENERATIONS, GIB, parse_slice
 
 # The paper's decoder at batch 2048, TFLOP of a forward pass per picture, and the efficiencies of its blocks.
@@ -124,3 +124,11 @@ def test_what_splitting_a_picture_costs_is_read_off_the_network():
     # Two rows of each 3 x 3 convolution: stem, two per block (those that go up take a skip along), and out.
     assert step.halo == 2 * 4 * (6 + (3 * 2 + 2 * 3 + 1) * 32) and step.told == 0
     assert wire_bytes("dp", step, 8) == pytest.approx(2 * 7 / 8 * 2 * step.parameters)
+
+
+def test_kept_plans_send_what_their_strategy_is_to_send():
+    found = kept_wires("dalle2_decoder", "v5p")
+    step = Step(3.563e9, BATCH, 3 * BATCH * 2.22e12, summed=2e7, halo=3e6, told=1e7)
+    assert ("dp", 64) in found and sum(strategy == "hsdp" for strategy, _ in found) > 4
+    for (strategy, chips), wire in found.items():
+        assert 0.2 < wire / wire_bytes(strategy, step, chips) < 1.2

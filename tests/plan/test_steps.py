@@ -11,7 +11,7 @@ from unclip_jax import sharding
 from unclip_jax.overrides import load_config
 from unclip_jax.plan.flops import count
 from unclip_jax.plan.steps import build_step, frozen_clip
-from unclip_jax.plan.worker import _names
+from unclip_jax.plan.worker import _taken
 
 TOWER = c.TransformerConfig(width=16, layers=1, heads=2, causal=True)
 CLIP = c.ClipConfig(16, 32, 16, TOWER, TOWER, vocab_size=50, context_length=12)
@@ -53,7 +53,7 @@ def test_a_training_step_traces_with_everything_that_it_reads():
     assert step.parameters == parameters and step.images == 4
     assert work.total > 3 * 2 * parameters  # of one row at least, both ways
     assert not sum(work.again.values())
-    names = Counter(_names(step.arguments, step.function.trace(*step.arguments).jaxpr))
+    names = Counter(name for name, _ in _taken(step.arguments, step.function.trace(*step.arguments).jaxpr))
     leaves = len(jax.tree.leaves(step.arguments[0].params))
     # Moments and their count, the schedule's; of the frozen CLIP, which made the stored embeddings, nothing is read.
     assert names["params"] == names["ema"] == leaves and names["opt_state"] == 2 * leaves + 2

@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 from unclip_jax.config import DataConfig, TrainConfig, UNetConfig, UpsamplerConfig
-from unclip_jax.plan import sweep
+from unclip_jax.plan import kept, sweep
 from unclip_jax.plan.compiler import Compiled
 from unclip_jax.plan.dump import Memory, Program
-from unclip_jax.plan.kept import cases, markdown
 from unclip_jax.plan.report import Plan, _roofline, row
 from unclip_jax.plan.slices import GIB, parse_slice
 
@@ -63,9 +62,9 @@ def test_what_fits_comes_first_and_the_cheapest_of_each_generation_is_named(plan
 
 def test_rows_are_kept_as_json_lines(plans, tmp_path):
     sweep.save(plans, tmp_path / "sweep.jsonl")
-    kept = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
-    assert kept == [row(plan) for plan in plans]
-    assert markdown(kept).count("| u |") == len(plans)
+    lines = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
+    assert lines == [row(plan) for plan in plans]
+    assert kept.markdown(lines).count("| u |") == len(plans)
 
 
 def test_a_state_that_no_chip_holds_is_refused_by_arithmetic():
@@ -75,7 +74,29 @@ def test_a_state_that_no_chip_holds_is_refused_by_arithmetic():
 
 
 def test_the_kept_plans_cover_every_network_generation_and_slice():
-    found = list(cases())
+    found = list(kept.cases())
     assert len(found) == len(set(found)) > 85
     decoders = {case.slice for case in found if case.config == "dalle2_decoder" and case.what == "train"}
     assert {"v5p-16", "v5p-512", "v4-16", "v5e-8", "v5e-256", "v6e-32"} <= decoders
+
+
+def test_counting_anew_changes_what_follows_from_flops_and_nothing_else(monkeypatch):
+    case = next(case for case in kept.cases() if case.config == "dalle2_up256" and case.what == "train")
+    plan = pretend(kept._request(case))
+    values = {**row(plan), "asked_remat": case.remat}
+    facts = {**plan.compiled.facts, "state_bytes": 0.0}  # on one slice; how much a chip has elsewhere, rows tell
+    monkeypatch.setattr(kept, "count_request", lambda _: facts)
+    assert list(kept.recount([values])) == [values]
+    monkeypatch.setattr(kept, "count_request", lambda _: facts | {"model": {path: 2e15 for path in PATHS}})
+    (anew,) = kept.recount([values])
+    assert anew["model_flops"] == 2 * values["model_flops"] and anew["step"] > 1.9 * values["step"]
+    assert {key for key in values if anew[key] != values[key]} <= set(kept.COUNTED)
+
+
+def test_the_kept_tables_are_of_the_kept_rows_and_both_counts_of_flops_agree():
+    rows = kept.rows()
+    assert kept.PLANS.with_suffix(".md").read_text(encoding="utf-8").endswith(kept.markdown(rows) + "\n")
+    for values in rows:
+        if "compiled_flops" in values:
+            counted = values["model_flops"] + values["recomputed_flops"]
+            assert values["compiled_flops"] == pytest.approx(counted, rel=0.1), values["config"]

@@ -25,7 +25,7 @@ def add_parser(commands: Any) -> None:
     plan.add_argument(
         "--strategy", help="dp, fsdp, tp, hsdp, spatial or sizes such as data=4,fsdp=16 (default: config's)"
     )
-    plan.add_argument("--batch", type=int, help="global batch (default: the config's; sampling: one per chip)")
+    plan.add_argument("--batch", type=int, help="global batch (default: the config's; sampling: one per device)")
     plan.add_argument("--what", choices=("train", "sample"), default="train", help="(default train)")
     plan.add_argument("--remat", help=f"what the backward pass recomputes: {', '.join(REMATS)} (default: the config's)")
     plan.add_argument("--clip", help="config of the frozen CLIP (default: the family's)")
@@ -48,8 +48,8 @@ def run(options: argparse.Namespace) -> None:
 
     config = apply(load_config(options.config), options.rest)
     slices = [parse_slice(name) for name in options.tpu.split(",")] if options.tpu else [None]
-    if options.executable and options.depth != "full":
-        raise ValueError("an executable comes only of a full compilation: add --depth full")
+    if options.executable and not (options.tpu and options.depth == "full"):
+        raise ValueError("an executable comes only of a full compilation for a slice: add --tpu and --depth full")
     if options.sweep:
         plans = sweep.sweep(config, slices, options)
         if options.out:
@@ -76,9 +76,8 @@ def request_of(options: argparse.Namespace, config: Any, place: Any, strategy: s
             raise ValueError(f"unknown remat '{remat}': there are {', '.join(REMATS)}")
         config = replace(config, remat=remat, network=with_remat(config.network, remat))  # type: ignore[arg-type]
     strategy = str(strategy or (config.strategy if options.what == "train" else "dp"))
-    chips = place.chips if place else 1
-    batch = options.batch or (config.data.batch_size if options.what == "train" else chips)
+    batch = options.batch or (config.data.batch_size if options.what == "train" else place.chips if place else 0)
     if place is not None:
-        sizes = resolve(strategy, chips, place.count, place.sides)
+        sizes = resolve(strategy, place.chips, place.count, place.sides)
         check_batch_size(batch, abstract_mesh(sizes), config.optim.accumulate if options.what == "train" else 1)
     return Request(config, frozen_clip(config, options.clip), options.what, place, strategy, batch, options.depth)

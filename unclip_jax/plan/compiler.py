@@ -12,24 +12,28 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from unclip_jax.compile_cache import user_cache
-from unclip_jax.plan.dump import Collective, Memory, Program, read_memory, read_program
+from unclip_jax.plan.dump import Collective, Memory, Program, read_memory, read_program, read_total
 from unclip_jax.plan.request import Request
 from unclip_jax.plan.worker import TPU_ENVIRONMENT
 
 LIMIT = 1800.0  # seconds for a compilation that stops after buffer assignment
+NEAR = 0.02  # of the limit of memory
 FULL_LIMIT = 4 * 3600.0
 
 
 class Compiled(NamedTuple):
     """What is known of a compiled step.
 
-    facts: what the worker said before compiling. memory: None where the step does not fit, and `refused` holds the
-    compiler's words. needs: bytes of HBM that it says the step needs, where it does not fit. seconds, peak_memory: of
+    facts: what the worker said before compiling. memory: None where the compiler refused, and `refused` holds its
+    words, needs the bytes of HBM that it asked for. program: None where the step does not fit. seconds, peak_memory: of
     the planning itself, the latter in bytes.
     """
 
@@ -71,7 +75,8 @@ def compile_request(request: Request, cache: Path | None = None, executable: Pat
     """
     folder = cache or user_cache() / "plans"
     path = folder / f"{request.digest()}.json"
-    if path.exists() and not (executable and not executable.exists()):
+    # What is planned for the devices that are here says nothing of those of the next start.
+    if request.slice is not None and path.exists() and not (executable and not executable.exists()):
         return Compiled.from_json(json.loads(path.read_text(encoding="utf-8")))
     if request.slice is not None and find_spec("libtpu") is None:
         raise ModuleNotFoundError("planning for TPUs needs their compiler: pip install 'unclip-jax[plan]' (libtpu)")
@@ -83,9 +88,27 @@ def compile_request(request: Request, cache: Path | None = None, executable: Pat
     return compiled
 
 
+def count_request(request: Request) -> dict[str, Any]:
+    """What tracing alone says of a request: FLOPs by module, trips, bytes of the state; errors as compile_request."""
+    with _worked(request._replace(depth="trace")) as (folder, _):
+        return _facts(folder)
+
+
 def _run(request: Request, executable: Path | None) -> Compiled:
     start = time.monotonic()
-    limit = LIMIT if request.depth == "memory" else FULL_LIMIT
+    with _worked(request) as (folder, peak):
+        compiled = _read(folder, request, time.monotonic() - start, peak)
+        if executable is not None and (folder / "executable").exists():
+            executable.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / "executable", executable)
+    return compiled
+
+
+@contextmanager
+def _worked(request: Request) -> Iterator[tuple[Path, float]]:
+    """The folder in which the child has done its work, for as long as it is read, and the child's peak memory."""
+    start = time.monotonic()
+    limit = FULL_LIMIT if request.depth == "full" else LIMIT
     with tempfile.TemporaryDirectory(prefix="unclip-plan-") as name:
         folder = Path(name)
         (folder / "request.json").write_text(json.dumps(request.to_json()))
@@ -101,11 +124,7 @@ def _run(request: Request, executable: Path | None) -> Compiled:
                 if child.poll() is None:
                     child.kill()
                 child.wait()
-        compiled = _read(folder, request, time.monotonic() - start, peak)
-        if executable is not None and (folder / "executable").exists():
-            executable.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(folder / "executable", executable)
-    return compiled
+        yield folder, peak
 
 
 def _wait(child: subprocess.Popen[bytes], folder: Path, request: Request, deadline: float) -> float:
@@ -116,19 +135,23 @@ def _wait(child: subprocess.Popen[bytes], folder: Path, request: Request, deadli
         if time.monotonic() > deadline:
             raise TimeoutError(f"the compiler has not come to buffer assignment in {LIMIT / 60:.0f} minutes")
         if request.slice is not None and request.depth == "memory":
-            size = _complete(folder / "dump")
+            size = _complete(folder / "dump", request.slice.generation.usable)
             if size > 0 and size == last:
                 break
             last = size
-        time.sleep(0.5)
+        time.sleep(0.1)  # its memory grows on as soon as it has said what is read
     return peak
 
 
-def _complete(dump: Path) -> int:
-    """Bytes of the last files that are read, 0 before all of them are there."""
-    patterns = ("*memory-usage-report.txt", "*after_optimizations_after_buffer_assignment.txt")
-    files = [next(dump.glob(pattern), None) for pattern in patterns]
-    return sum(file.stat().st_size for file in files if file) if all(files) else 0
+def _complete(dump: Path, usable: float) -> int:
+    """Bytes of the last file that is read, 0 before it is there: the report of memory, which says whether it fits.
+
+    Near the limit the compiler has the last word: it either refuses, and ends, or goes on to the next file.
+    """
+    report = next(dump.glob("*memory-usage-report.txt"), None)
+    if report is not None and abs(read_total(report) / usable - 1) < NEAR:
+        report = next(dump.glob("*after_optimizations_after_buffer_assignment.txt"), None)
+    return report.stat().st_size if report is not None else 0
 
 
 def _resident(pid: int) -> float:
@@ -141,27 +164,37 @@ def _resident(pid: int) -> float:
 
 
 def _read(folder: Path, request: Request, seconds: float, peak: float) -> Compiled:
-    traced = folder / "traced.json"
-    failure = (folder / "failed.txt").read_text() if (folder / "failed.txt").exists() else None
-    if not traced.exists():
-        if failure is None:
-            log = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-            raise RuntimeError(f"the planner's child process ended early: {log[-1] if log else 'it said nothing'}")
-        kind, _, message = failure.partition("\n")
-        raise ValueError(message if kind in ("ValueError", "UsageError") else f"{kind}: {message}")
-    facts = json.loads(traced.read_text())
-    if failure is not None:
-        return Compiled(facts, None, None, *_refusal(failure), seconds, peak)
+    facts, failed = _facts(folder), folder / "failed.txt"
+    if failed.exists():
+        return Compiled(facts, None, None, *_refusal(failed.read_text()), seconds, peak)
     if request.slice is None:
         done = json.loads((folder / "done.json").read_text())
-        arguments, temporary = float(done["argument"]), float(done["temp"] + done["output"] - done["alias"])
-        memory = Memory(arguments + temporary, {"arguments": arguments}, 0.0, ())
+        total = float(done["argument"] + done["temp"] + done["output"] - done["alias"])
+        arguments: dict[str, float] = defaultdict(float)
+        for name, size in zip(facts["arguments"], facts["argument_bytes"], strict=True):
+            arguments[name] += size
+        memory = Memory(total, dict(arguments), 0.0, ())
         with (folder / "program.txt").open() as lines:
             return Compiled(facts, memory, read_program(lines, facts["trips"]), None, None, seconds, peak)
     dump = folder / "dump"
-    with next(dump.glob("*after_optimizations_after_buffer_assignment.txt")).open() as lines:
+    memory = read_memory(dump, facts["arguments"])
+    if memory.total > request.slice.generation.usable:  # a program that was taken to pieces to make it fit
+        return Compiled(facts, memory, None, None, None, seconds, peak)
+    with next(dump.glob("*after_optimizations.txt")).open() as lines:
         program = read_program(lines, facts["trips"])
-    return Compiled(facts, read_memory(dump, facts["arguments"]), program, None, None, seconds, peak)
+    return Compiled(facts, memory, program, None, None, seconds, peak)
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What the worker said before compiling; its failure, where it did not come so far."""
+    traced, failed = folder / "traced.json", folder / "failed.txt"
+    if traced.exists():
+        return json.loads(traced.read_text())
+    if not failed.exists():
+        log = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+        raise RuntimeError(f"the planner's child process ended early: {log[-1] if log else 'it said nothing'}")
+    kind, _, message = failed.read_text().partition("\n")
+    raise ValueError(message if kind in ("ValueError", "UsageError") else f"{kind}: {message}")
 
 
 def _refusal(failure: str) -> tuple[str, float | None]:

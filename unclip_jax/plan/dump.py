@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from unclip_jax.plan.flops import taps
+
 BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -80,8 +82,9 @@ def read_program(lines: Iterable[str], trips: int = 1) -> Program:
     times = _times(computations, entry, trips)
     fused = _inlined(computations)
     flops = traffic = 0.0
-    # A fused asynchronous collective is written out once per step that it is spread over, under one channel.
-    found: dict[str, tuple[str, int, tuple[int, ...], float, float]] = {}
+    # A fused asynchronous collective is written out once per step that it is spread over, all of one chain or name.
+    # Channels tell nothing: many collectives share the first.
+    found: dict[tuple[str, ...], tuple[str, int, tuple[int, ...], float, float]] = {}
     for name, body in computations.items():
         if not times[name]:
             continue
@@ -93,8 +96,8 @@ def read_program(lines: Iterable[str], trips: int = 1) -> Program:
                 flops += times[name] * _dot(instruction, shapes)
             elif instruction.opcode.removesuffix("-start") in KINDS:
                 one = _collective(instruction, shapes, "all-reduce-scatter" in name)
-                channel = re.search(r"channel_id=(\d+)", instruction.rest)
-                key = channel[1] if channel else instruction.name
+                steps = re.search(r'(chain_id|async_collective_name)="([^"]*)"', instruction.rest)
+                key = steps.groups() if steps else (name, instruction.name)
                 known = found.get(key)
                 if one[1] > 1 and (known is None or one[3] * times[name] > known[3] * known[4]):
                     found[key] = (*one, times[name])
@@ -111,8 +114,16 @@ def _collective(one: Instruction, shapes: dict[str, str], scatters: bool) -> tup
     """Kind, size and members of its first group, and bytes of the whole array, of one collective."""
     kind = one.opcode.removesuffix("-start")
     group, first = _groups(one.rest)
-    size = max(_size(one.shape, largest=True), _operand_size(one, shapes))
+    given = sum(_size(shapes.get(name, "")) for name in _operands(one))
+    made = _size(one.shape) - (given if one.opcode.endswith("-start") else 0)  # what is under way names both
+    size = given if kind == "collective-permute" else max(given, made)
     return ("reduce-scatter" if scatters and kind == "all-reduce" else kind), group, first, size
+
+
+def read_total(report: Path) -> float:
+    """Bytes of HBM in a memory usage report, 0 where it does not say."""
+    total = re.search(r"color=0\)\s+Total bytes: (\d+)", report.read_text())
+    return float(total[1]) if total else 0.0
 
 
 def read_memory(folder: Path, names: Sequence[str] = ()) -> Memory:
@@ -120,16 +131,15 @@ def read_memory(folder: Path, names: Sequence[str] = ()) -> Memory:
 
     Where there are thousands of them jax hands them over as one tuple, and the program has no names of its own.
     """
-    report = next(folder.glob("*memory-usage-report.txt")).read_text()
-    total = re.search(r"color=0\)\s+Total bytes: (\d+)", report)
-    if total is None:
+    total = read_total(next(folder.glob("*memory-usage-report.txt")))
+    if not total:
         raise ValueError("the compiler's memory report names no total: this libtpu writes another format")
     sizes: dict[tuple[int, str], float] = {}
     with next(folder.glob("*after_optimizations-buffer-assignment.txt")).open() as lines:
         for line in lines:
             if match := re.match(r"allocation \d+: size (\d+), parameter (\d+),.* ShapeIndex \{(\d*)\}", line):
                 sizes[int(match[2]), match[3]] = float(match[1])
-    with next(folder.glob("*after_optimizations_after_buffer_assignment.txt")).open() as lines:
+    with next(folder.glob("*after_optimizations.txt")).open() as lines:
         computations, entry = _computations(lines)
     arguments: dict[str, float] = defaultdict(float)
     # Constants that jax turned into arguments come first.
@@ -139,7 +149,7 @@ def read_memory(folder: Path, names: Sequence[str] = ()) -> Memory:
         arguments[names[at] if 0 <= at < len(names) else "other"] += size
     with next(folder.glob("*after_optimizations-live-range.txt")).open() as lines:
         saved, largest = _peak(_alive(lines), computations, entry)
-    return Memory(float(total[1]), dict(arguments), saved, largest)
+    return Memory(total, dict(arguments), saved, largest)
 
 
 def _alive(lines: Iterable[str]) -> dict[tuple[str, tuple[int, ...]], float]:
@@ -276,20 +286,14 @@ def _shapes(text: str) -> list[tuple[str, tuple[int, ...], str]]:
     return [(t, tuple(map(int, dims.split(","))) if dims else (), layout) for t, dims, layout in _SHAPE.findall(text)]
 
 
-def _size(text: str, largest: bool = False, hbm: bool = False) -> float:
+def _size(text: str, hbm: bool = False) -> float:
     """Bytes of a shape or tuple; hbm: only of what lies there, and not in a memory space on the chip."""
-    sizes = [
-        math.prod(dims) * BYTES.get(kind, 1) for kind, dims, layout in _shapes(text) if not (hbm and "S(" in layout)
-    ]
-    return float(max(sizes, default=0) if largest else sum(sizes))
+    shapes = [(kind, dims) for kind, dims, layout in _shapes(text) if not (hbm and "S(" in layout)]
+    return float(sum(math.prod(dims) * BYTES.get(kind, 1) for kind, dims in shapes))
 
 
 def _operands(instruction: Instruction) -> list[str]:
     return re.findall(r"%([\w.\-]+)", instruction.rest.split("), ")[0])
-
-
-def _operand_size(instruction: Instruction, shapes: dict[str, str]) -> float:
-    return max((_size(shapes.get(name, ""), largest=True) for name in _operands(instruction)), default=0.0)
 
 
 def _traffic(instruction: Instruction, shapes: dict[str, str]) -> float:
@@ -361,7 +365,7 @@ def _convolution(one: Instruction, shapes: dict[str, str]) -> float:
     strides, pads = _window(window, "stride", n, "1"), _window(window, "pad", n, "0_0")
     spread, dilation = _window(window, "lhs_dilate", n, "1"), _window(window, "rhs_dilate", n, "1")
     for axis, label in enumerate(spatial):
-        total *= _taps(
+        total *= taps(
             out[labels[3].index(label)],
             right[labels[2].index(label)],
             left[labels[1].index(label)],
@@ -370,15 +374,7 @@ def _convolution(one: Instruction, shapes: dict[str, str]) -> float:
             int(spread[axis]),
             int(dilation[axis]),
         )
-    groups = re.search(r"batch_group_count=(\d+)", one.rest)
-    return total / (int(groups[1]) if groups else 1)
-
-
-def _taps(out: int, kernel: int, size: int, stride: int, pad: int, spread: int, dilation: int) -> int:
-    """Pairs of an output and a place of the kernel that meet an input, not padding and no zero spread between."""
-    places = ((o * stride + k * dilation - pad) for o in range(out) for k in range(kernel))
-    last = (size - 1) * spread
-    return sum(0 <= place <= last and place % spread == 0 for place in places)
+    return total
 
 
 def _dot(one: Instruction, shapes: dict[str, str]) -> float:

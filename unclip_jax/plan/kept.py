@@ -1,20 +1,25 @@
 """The plans that the repository keeps: the paper's networks and Karlo's, trained and sampled, on every generation.
 
 `python -m unclip_jax.plan.kept` computes what plans.jsonl lacks, a line at a time: stop it and start it as you like.
+`python -m unclip_jax.plan.kept --again --only v5p` computes lines anew, but for those in the cache of finished plans.
+`python -m unclip_jax.plan.kept --recount` counts their FLOPs anew, by tracing alone, and what follows from them.
 `python -m unclip_jax.plan.kept --markdown` prints the file as tables.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from unclip_jax.overrides import apply, load_config
 from unclip_jax.plan.command import request_of
-from unclip_jax.plan.report import make_plan, row
+from unclip_jax.plan.compiler import Compiled, count_request
+from unclip_jax.plan.report import Plan, estimate, make_plan, row
+from unclip_jax.plan.request import Request
+from unclip_jax.plan.roofline import UPDATE
 from unclip_jax.plan.slices import GENERATIONS, all_slices, parse_slice
 
 PLANS = Path(__file__).with_name("plans.jsonl")
@@ -35,6 +40,11 @@ NETWORKS: dict[str, tuple[str, ...]] = {
 BY_BLOCK = ("dalle2_clip", "dalle2_prior", "dalle2_ar_prior", "dalle2_decoder")  # what they recompute
 CHIPS = 64  # of the slice that each network is trained on
 SAMPLED = {"dalle2_decoder": 4, "dalle2_up1024": 1, "karlo_up256": 4, "dalle2_up256": 4}  # images at once, else 16
+
+COUNTED = (
+    "limit_gib", "model_flops", "recomputed_flops", "parts", "step", "at_peak", "images_per_second", "share_of_peak",
+    "assumed", "days", "chip_hours",
+)  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -77,16 +87,45 @@ def rows() -> list[dict[str, Any]]:
     return [json.loads(line) for line in PLANS.read_text(encoding="utf-8").splitlines()] if PLANS.exists() else []
 
 
-def add(case: Case, cache: Path | None) -> dict[str, Any]:
-    """Plans one case and appends it to the file."""
+def _request(case: Case) -> Request:
     options = argparse.Namespace(what=case.what, batch=case.batch, clip=None, depth="memory")
     config = apply(load_config(case.config), NETWORKS[case.config])
-    request = request_of(options, config, parse_slice(case.slice), case.strategy, case.remat)
+    return request_of(options, config, parse_slice(case.slice), case.strategy, case.remat)
+
+
+def add(case: Case, cache: Path | None) -> dict[str, Any]:
+    """Plans one case and puts it at the end of the file, in place of what was there."""
+    request = _request(case)
     compiler = ", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu"))
     values = {**row(make_plan(request, cache)), "asked_remat": case.remat, "compiler": compiler}
-    with PLANS.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(values) + "\n")
+    _keep([*(one for one in rows() if not case.matches(one)), values])
     return values
+
+
+def _keep(kept: Iterable[dict[str, Any]]) -> None:
+    part = PLANS.with_suffix(".part")
+    part.write_text("".join(json.dumps(values) + "\n" for values in kept), encoding="utf-8")
+    part.replace(PLANS)
+
+
+def recount(kept: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows with the FLOPs that are counted now and what the roofline makes of them; the compiler's word stands.
+
+    Each distinct step is traced once: its FLOPs are the same on every slice.
+    """
+    traced: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for values in kept:
+        step = values["config"], values["what"], values["batch"], values["asked_remat"]
+        request = _request(Case(*step[:2], values["slice"], values["strategy"], step[3], step[2]))
+        if step not in traced:
+            traced[step] = count_request(request)
+        place = parse_slice(values["slice"])
+        facts, bandwidth = {**traced[step], "chips": place.chips}, place.generation.bandwidth
+        if values["what"] == "train":  # what an update takes says how much of the state a chip has
+            facts["state_bytes"] = values["parts"]["optimiser"] * bandwidth / UPDATE
+        line = estimate(request, place, facts, values["interconnect"], values["hbm_traffic"] * bandwidth)
+        found = row(Plan(request, Compiled(facts, None, None, None, None, 0.0, 0.0), line))
+        yield {**values, **{key: found[key] for key in COUNTED}}
 
 
 def markdown(kept: Sequence[dict[str, Any]]) -> str:
@@ -119,14 +158,20 @@ def main(arguments: list[str] | None = None) -> None:
     """Completes or prints the file; see the module."""
     parser = argparse.ArgumentParser("python -m unclip_jax.plan.kept", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--markdown", action="store_true", help="print the file as tables")
+    parser.add_argument("--again", action="store_true", help="compute what is there anew")
+    parser.add_argument("--recount", action="store_true", help="count FLOPs anew, compiling nothing")
     parser.add_argument("--only", default="", help="plans whose text contains this, such as v5p or karlo_up256")
     parser.add_argument("--cache", type=Path, help="folder of finished plans")
     options = parser.parse_args(arguments)
     if options.markdown:
         print(markdown(rows()))
         return
+    if options.recount:
+        _keep(recount(rows()))
+        return
     for case in cases():
-        if options.only not in " ".join(map(str, case)) or any(case.matches(values) for values in rows()):
+        known = not options.again and any(case.matches(values) for values in rows())
+        if known or options.only not in " ".join(map(str, case)):
             continue
         try:
             values = add(case, options.cache)

@@ -1,6 +1,7 @@
 """A plan: a compiled step, its roofline, and both as text, JSON or a row of a table."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ from unclip_jax.plan.blocks import known
 from unclip_jax.plan.compiler import Compiled, compile_request
 from unclip_jax.plan.request import Request
 from unclip_jax.plan.roofline import SECONDS_PER_DAY, Roofline, by_block, roofline, transfer_seconds
-from unclip_jax.plan.slices import GIB, processor
+from unclip_jax.plan.slices import GIB, Slice, processor
 from unclip_jax.plan.steps import compute_dtype
 
 FLOAT32_PASSES = 6  # bf16 products that precision=HIGHEST takes on a TPU
@@ -60,21 +61,25 @@ def make_plan(request: Request, cache: Path | None = None, executable: Path | No
 
 
 def _roofline(request: Request, compiled: Compiled) -> Roofline | None:
-    place, facts = request.slice, compiled.facts
+    place, facts, program = request.slice, compiled.facts, compiled.program
     if place is None:
         return None
+    moved = transfer_seconds(program.collectives, place, facts["places"], facts["slices"]) if program else 0.0
+    return estimate(request, place, facts, moved, program.traffic if program else 0.0)
+
+
+def estimate(request: Request, place: Slice, facts: Mapping[str, Any], interconnect: float, traffic: float) -> Roofline:
+    """The roofline of a step whose facts are known, whose collectives take `interconnect` seconds; traffic: bytes."""
     both = {
         path: facts["model"].get(path, 0) + facts["again"].get(path, 0) for path in {*facts["model"], *facts["again"]}
     }
     training = request.what == "train"
-    program = compiled.program
-    moved = transfer_seconds(program.collectives, place, facts["places"], facts["slices"]) if program else 0.0
     return roofline(
         by_block(both, request.config, request.clip, request.what), sum(facts["model"].values()),
         known(place.generation.name), place, facts["images"],
         state_bytes=facts["state_bytes"] if training else 0.0,
         weight_bytes=0.0 if training else facts["state_bytes"] * facts["trips"],
-        interconnect=moved, traffic=program.traffic if program else 0.0,
+        interconnect=interconnect, traffic=traffic,
         passes=FLOAT32_PASSES if compute_dtype(request.config) == "float32" else 1,
     )  # fmt: skip
 
@@ -101,7 +106,8 @@ def row(plan: Plan) -> dict[str, Any]:
     else:
         values |= {"refused": plan.compiled.refused, "hbm_gib": plan.compiled.needs and plan.compiled.needs / GIB}
     if program is not None:
-        values["compiled_flops"] = program.flops * facts["chips"]
+        if facts.get("platform") != "gpu":  # whose compiler hides products in calls of libraries
+            values["compiled_flops"] = program.flops * facts["chips"]
         kinds: dict[str, dict[str, float]] = {}
         for one in program.collectives:
             kind = kinds.setdefault(one.kind, {"count": 0.0, "gb": 0.0, "wire_gb": 0.0})
@@ -140,38 +146,41 @@ def text(plan: Plan) -> str:
     sizes = ",".join(f"{axis}={size}" for axis, size in values["mesh"].items() if size > 1) or "one device"
     doing = "one training step" if values["what"] == "train" else f"sampling, {facts['trips']} steps"
     recompute = f", recompute {values['remat']}" if values["what"] == "train" else ""
-    torus = " of " + "x".join(map(str, plan.request.slice.sides)) if plan.request.slice else ""
+    place = plan.request.slice
+    devices = f"{chips} chips of {'x'.join(map(str, place.sides))}" if place else f"{chips} of them" * (chips > 1)
     lines = [
-        f"{values['config']}: {doing} of {values['batch']} images on {values['slice']} ({chips} chips{torus})",
+        f"{values['config']}: {doing} of {values['batch']} images on {values['slice']}{devices and f' ({devices})'}",
         f"  {_scaled(values['parameters'])} parameters; {values['strategy']}: {sizes}{recompute}",
         "",
         *_memory_lines(plan, values),
         "",
         *_work_lines(values),
     ]
-    if plan.roofline is not None and plan.request.slice is not None:
-        lines += ["", *_time_lines(plan, values)]
-    lines += ["", f"  planned in {values['planned_in']:.0f} s with {values['planner_gib']:.1f} GiB, no device asked"]
+    lines += ["", *(_time_lines(plan, values) if plan.roofline else [] if place else _unknown_lines(values))]
+    asked = "no device asked" if place else "by the compiler of the devices here"
+    lines += ["", f"  planned in {values['planned_in']:.0f} s with {values['planner_gib']:.1f} GiB, {asked}"]
     return "\n".join(lines)
 
 
 def _memory_lines(plan: Plan, values: dict[str, Any]) -> list[str]:
     limit = values["limit_gib"]
     if plan.compiled.memory is None:
-        needs = f"{values['hbm_gib']:.1f} GiB of temporaries" if values["hbm_gib"] else "more"
+        needs = f"{values['hbm_gib']:.2f} GiB" if values["hbm_gib"] else "more"
         return [f"  does NOT fit: the compiler needs {needs}, and a chip has {limit:.2f} GiB", f"  {values['refused']}"]
-    lines = ["  memory per chip, GiB"]
+    total = values["hbm_gib"]
+    unit, scale = ("GiB", 1) if total >= 1 else ("MiB", 1024)
+    lines = [f"  memory per {'chip' if plan.request.slice else 'device'}, {unit}"]
     parts = {
         **values["arguments_gib"],
         "activations": values["activations_gib"],
         "temporaries": values["temporaries_gib"],
     }
-    lines += [f"    {name:<14}{size:8.2f}" for name, size in parts.items() if size >= 0.005]
-    total = values["hbm_gib"]
+    lines += [f"    {name:<14}{scale * size:8.2f}" for name, size in parts.items() if scale * size >= 0.005]
+    lines.append(f"    {'total':<14}{scale * total:8.2f}")
     if limit is None:
-        return [*lines, f"    {'total':<14}{total:8.2f}"]
+        return lines
     verdict = "fits" if plan.fits else "does NOT fit"
-    lines.append(f"    {'total':<14}{total:8.2f} of {limit:.2f}: {verdict} ({100 * total / limit:.0f}%)")
+    lines[-1] += f" of {scale * limit:.2f}: {verdict} ({100 * total / limit:.0f}%)"
     return lines + [f"    largest: {buffer}" for buffer in values["largest"][:2]]
 
 
@@ -189,6 +198,17 @@ def _work_lines(values: dict[str, Any]) -> list[str]:
             f"  {kind:<19}{found['count']:6.0f} of {found['gb']:.3g} GB in all, {found['wire_gb']:.3g} GB on each wire"
         )
     return lines
+
+
+def _unknown_lines(values: dict[str, Any]) -> list[str]:
+    """What a plan for the devices that are here leaves open."""
+    peak, kind = processor(values["slice"]).peak, values["slice"]
+    if peak is None:
+        return [
+            f"  neither speed nor memory of '{kind}' is known: whether it fits and how long it takes, running tells"
+        ]
+    least = 1e3 * (values["model_flops"] + values["recomputed_flops"]) / (peak * values["chips"])
+    return [f"  {least:,.3g} ms at the bf16 peak of {kind}, which no step reaches: how near it comes, running tells"]
 
 
 def _time_lines(plan: Plan, values: dict[str, Any]) -> list[str]:

@@ -20,7 +20,8 @@ class Request(NamedTuple):
     """One compilation.
 
     slice: None for the devices that are here. strategy: a name or mixture, as `sharding.resolve` reads it.
-    batch: global. depth: "memory" stops after buffer assignment, "full" goes on to an executable.
+    batch: global, 0 for one per device. depth: "trace" compiles nothing, "memory" stops after buffer assignment,
+    "full" goes on to an executable.
     """
 
     config: TrainConfig

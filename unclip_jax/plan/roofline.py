@@ -28,6 +28,7 @@ from unclip_jax.plan.slices import Slice
 
 # Of blocks that nobody compiled: what the compiler's cycles gave for typical ones; transformers' is a guess.
 ASSUMED = {"convolutions": 0.92, "transformers": 0.85, "attention": 0.18}
+UPDATE = 2.25  # times the bytes of the state go between chip and HBM in an update
 SECONDS_PER_DAY = 86400.0
 
 
@@ -152,7 +153,7 @@ def roofline(
         share, guess = efficiency(table, block)
         seconds[block.kind] += passes * flops / (peak * share)
         assumed += flops * guess
-    update = 2.25 * state_bytes / chip.bandwidth
+    update = UPDATE * state_bytes / chip.bandwidth
     parts = combine(seconds, update, interconnect, chip.overlap, weight_bytes / chip.bandwidth)
     step, total = sum(parts.values()), sum(compute.values())
     return Roofline(

@@ -139,14 +139,20 @@ def step_of(config: TrainConfig, clip: str | None = None) -> Step:
 
 
 def kept_wires(config: str, generation: str) -> dict[tuple[str, int], float]:
-    """Bytes on each chip's wire in the kept plans of a config's training, by strategy and chips."""
+    """Bytes on each chip's wire in the kept plans of a config's training, by strategy and chips.
+
+    Those count that recompute every block, where that is asked, so that weights are gathered twice.
+    """
     from unclip_jax.plan.kept import rows
 
-    return {
-        (row["strategy"], row["chips"]): sum(one["wire_bytes"] for one in row["collectives"])
-        for row in rows()
-        if row["config"] == config and row["what"] == "train" and row["slice"].startswith(generation)
-    }
+    found: dict[tuple[str, int], float] = {}
+    for row in rows():
+        asked = row["config"] == config and row["what"] == "train" and row["asked_remat"] in (None, "block")
+        if asked and row["fits"] and row["slice"].startswith(generation):
+            split = tuple(axis for axis, size in row["mesh"].items() if size > 1)
+            strategy = {("data",): "dp", ("fsdp",): "fsdp", ("data", "fsdp"): "hsdp"}[split]
+            found[strategy, row["chips"]] = sum(1e9 * one["wire_gb"] for one in row["collectives"].values())
+    return found
 
 
 def plot(rows: list[Row], path: Path, title: str) -> None:

@@ -1,7 +1,7 @@
 """TPU slices by name: chips, torus, memory, peak and bandwidths, and how the compiler is asked for them.
 
 v4 and v5p names count cores, of which a chip has two; v5e and v6e names count chips. Figures are Google's published
-ones, except `usable`, what the compiler leaves to a program: v5e's is from its own out-of-memory text.
+ones, except `usable`, what the compiler leaves to a program, from its own out-of-memory texts (v5p's is its memory).
 """
 
 import difflib
@@ -45,7 +45,7 @@ _CUBES = _cubes(
 GENERATIONS = {
     g.name: g
     for g in (
-        Generation("v4", 275e12, 32 * GIB, 31.75 * GIB, 1228e9, 45e9, 6.25e9, 1.05e9, 0.0, 2, _CUBES),
+        Generation("v4", 275e12, 32 * GIB, 30.75 * GIB, 1228e9, 45e9, 6.25e9, 1.05e9, 0.0, 2, _CUBES),
         Generation("v5p", 459e12, 95 * GIB, 95 * GIB, 2765e9, 90e9, 6.25e9, 1.75e9, 0.0, 2, _CUBES),
         Generation("v5e", 197e12, 16 * GIB, 15.75 * GIB, 819e9, 45e9, 3.125e9, 1.5e9, 0.7, 1, _SQUARES),
         Generation("v6e", 918e12, 32 * GIB, 31.25 * GIB, 1640e9, 90e9, 12.5e9, 1.75e9, 0.0, 1, _SQUARES),

@@ -1,17 +1,22 @@
 """`unclip doctor`: a healthy machine is healthy, and every trouble is named with what mends it, never a traceback."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from email.message import Message
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from unclip_jax import doctor
+from unclip_jax import cascade, doctor
 from unclip_jax.cli import main
 from unclip_jax.doctor import accelerators, machine, selftest
 
+SHIPS = doctor.SHIPPED
 STAGES = ("CLIP, text", "prior", "AR prior", "decoder", "CLIP, image", "upsampler 256")
 
 
@@ -36,10 +41,31 @@ def wrong(report):
 def test_a_healthy_machine_is_healthy(capsys):
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "nothing is wrong"
+    assert lines[-1] == "nothing is wrong" and SHIPS == cascade.SHIPPED
     assert any(line.startswith(f"ok     jax              {jax.__version__}") for line in lines)
     for stage in STAGES:
         assert any(line.startswith(f"ok     {stage:<16} ") and " s, the first time " in line for line in lines), stage
+
+
+@pytest.mark.parametrize(
+    "error", ["RuntimeError('jaxlib is version 0.4.1')", "ModuleNotFoundError(\"No module named 'jax'\")"]
+)
+def test_it_starts_where_jax_does_not(error, tmp_path):
+    (tmp_path / "jax.py").write_text(f"raise {error}")
+    root = Path(doctor.__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(root)])}
+
+    def unclip(*words):
+        command = [sys.executable, "-m", "unclip_jax.cli", *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
+
+    done = unclip("doctor")
+    assert done.returncode == 1 and done.stderr == ""
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("WRONG")]
+    assert line.startswith("WRONG  import jax       fails: ") and error.split("(")[0] in line
+    assert "do: pip install" in done.stdout and "ok     disk" in done.stdout
+    done = unclip("vocabulary")
+    assert done.returncode == 1 and done.stderr.startswith("unclip: ") and done.stderr.count("\n") == 1
 
 
 def test_a_stage_that_fails_leaves_the_others(monkeypatch, tiny_folder):
@@ -98,8 +124,8 @@ def test_versions_that_are_too_old_absent_or_do_not_fit(monkeypatch):
     monkeypatch.setattr(machine.platform, "python_version", lambda: "3.10.12")
     told = {finding.name: finding for finding in machine.versions() if finding.state == "wrong"}
     assert list(told) == ["python", "jax", "flax", "jax-cuda12-plugin", "jax-cuda13-plugin"]
-    assert told["jax"].said.startswith("0.5.3 is older than 0.6")
-    assert told["jax"].remedy.startswith("pip install -U 'jax>=0.6', then start Python again")
+    assert told["jax"].said.startswith("0.5.3 is older than 0.6.1")
+    assert told["jax"].remedy.startswith("pip install -U 'jax>=0.6.1', then start Python again")
     assert told["flax"].said == "is not installed" and told["python"].remedy.startswith("install Python 3.11")
     for number in (12, 13):
         assert told[f"jax-cuda{number}-plugin"].remedy.startswith(f"pip install -U 'jax[cuda{number}]==0.5.3'")
@@ -107,7 +133,7 @@ def test_versions_that_are_too_old_absent_or_do_not_fit(monkeypatch):
 
 def test_requirements_are_the_same_from_a_checkout_and_installed(monkeypatch, tmp_path):
     here = machine.requirements()
-    assert here["python"] == "3.11" and here["jax"] == "0.6" and "optax" not in here
+    assert here["python"] == "3.11" and here["jax"] == "0.6.1" and "optax" not in here
     installed = Message()
     installed["Requires-Python"] = ">=3.11"
     for name, version in here.items():
@@ -125,6 +151,8 @@ def test_an_accelerator_that_jax_does_not_use_is_named_with_the_command(monkeypa
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert accelerators._nvidia() == "Tesla T4, driver 550.54.15"
     monkeypatch.setattr(accelerators, "accelerators", lambda: {"gpu": "Tesla T4", "tpu": "COLAB_TPU_ADDR"})
+    processors = jax.local_devices(backend="cpu")  # as on a machine whose jax sees no more
+    monkeypatch.setattr(jax, "local_devices", lambda: processors)
     monkeypatch.setattr(accelerators, "version_of", lambda package: {"jaxlib": "0.9"}.get(package))
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

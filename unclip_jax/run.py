@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -222,13 +223,22 @@ def _embed(
 ) -> Stored:
     """The first pictures of a source, embedded once: later runs on the same CLIP and data read the file."""
     identity = clip.digest if chosen is None else clip.digest + chosen.source.digest
-    key = hashlib.sha256(repr((data, pictures, identity)).encode()).hexdigest()[:12]
+    files = replace(data, weights=_content(data.weights), skip=_content(data.skip))
+    key = hashlib.sha256(repr((files, pictures, identity)).encode()).hexdigest()[:12]
     path = folder / f"embeddings-{key}.npz"
     if is_first() and not path.exists():
         _embed_to(path, data, clip, tokenizer, pictures, chosen)
     wait(f"embeddings {key}")
     with np.load(path) as columns:
         return Stored(**columns)
+
+
+def _content(path: str | None) -> str | None:
+    """Digest of a file on which the order of records depends: it may be written anew under its name."""
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _embed_to(

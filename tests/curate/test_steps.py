@@ -8,6 +8,8 @@ from PIL import Image
 from unclip_jax.checkpoint.writing import save_file
 from unclip_jax.cli import main
 from unclip_jax.curate import manifest
+from unclip_jax.curate.calibration import isotonic, shares
+from unclip_jax.curate.features import features_of
 from unclip_jax.curate.filters import read_labels, write_proposals
 from unclip_jax.curate.manifest import CurationError, load_weights
 from unclip_jax.curate.probe import load_probe, save_probe, threshold_for, train
@@ -78,6 +80,19 @@ def test_threshold_meets_its_recall_on_new_rows_and_not_much_more(recall):
     assert recall - 0.005 <= np.mean(found) <= recall + 0.03
 
 
+def test_what_is_left_of_every_step_counts_what_all_of_it_did():
+    rng = np.random.default_rng(7)
+    scores, weights = rng.integers(0, 300, 2000) / 10, rng.uniform(0.5, 2, 2000)
+    removed = rng.random(2000) < 0.9 / (1 + np.exp(-3 * (scores - 20)))  # log odds that are worth three times as much
+    steps = isotonic(scores.astype(np.float32), removed, weights)
+    assert (np.diff(steps[1]) > 0).all() and (np.diff(steps[0]) > 0).all()
+    found = shares(steps, scores.astype(np.float32))
+    for share in steps[1]:
+        own = found == share
+        assert (weights * removed)[own].sum() == pytest.approx(share * weights[own].sum())
+    assert np.abs(found - 0.9 / (1 + np.exp(-3 * (scores - 20)))).mean() < 0.03
+
+
 def test_a_hidden_layer_learns_what_a_line_cannot(tmp_path):
     rng = np.random.default_rng(5)
     x = rng.standard_normal((200, 2)).astype(np.float32)
@@ -90,17 +105,17 @@ def test_a_hidden_layer_learns_what_a_line_cannot(tmp_path):
     np.testing.assert_allclose(again.logits(x), bent.probe.logits(x), atol=1e-5)
 
 
-def test_proposals_are_near_the_threshold_new_and_unlike_one_another(filtered, labels, embeddings):
+def test_proposals_are_new_and_of_what_would_be_removed(filtered, labels, embeddings):
     with (filtered / "propose.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     rows = np.asarray([int(line["key"].split()[1]) for line in lines])
     assert len(set(rows)) == 20 and not {line["label"] for line in lines} - {""}
     assert not np.isin(rows, read_labels(labels, embeddings).rows).any()
     probe = load_probe(filtered / "probe.safetensors")
-    distance = np.abs(probe.logits(embeddings.unit("image", np.arange(ROWS))) - probe.threshold)
-    assert distance[rows].max() <= np.sort(distance)[220]
-    x = embeddings.unit("image", rows)
-    assert (x @ x.T - 2 * np.eye(20)).max() < 0.995
+    logits = probe.logits(features_of(embeddings, np.arange(ROWS), probe.features))
+    assert probe.features == "both" and logits[rows].min() >= probe.threshold
+    said = np.sort(logits[logits >= probe.threshold])
+    assert said[0] <= logits[rows].min() < np.median(said) < logits[rows].max()  # some of all that it would remove
     assert read_labels(filtered / "propose.csv", embeddings).rows.size == 0  # nothing is filled in yet
 
 
@@ -211,7 +226,7 @@ def test_bad_input_is_one_sentence(embeddings, labels, filtered, thinned, store,
     head = ("--head", filtered / "probe.safetensors", "--least", "0", "--out", tmp_path / "out")
     assert "of the CLIP clip, not of other" in said("score", other.folder, *head)
     narrow = store(tmp_path / "narrow", np.eye(4))
-    assert "reads 8 features and these have 4" in said("score", narrow.folder, *head)
+    assert "reads 16 features and these have 8" in said("score", narrow.folder, *head)
     assert "no finished step" in said("merge", embeddings.folder, tmp_path / "nothing", "--out", tmp_path / "out")
     with pytest.raises(CurationError, match="another source"):
         load_weights(manifest_of(embeddings, tmp_path), "changed")

@@ -1,10 +1,11 @@
-"""Training that is killed at random points reads exactly the records that it would have read without.
+"""Training that is killed at random points, or read by several processes, sees exactly the same records.
 
-python tests/data/resume_matrix.py [--kills 20] [--steps 120] [--workers 1] [--out FILE]
+    python tests/data/resume_matrix.py --out tests/results/resume_order.json
 
 A small CLIP is trained by the real command from a folder of pictures. Every run's reader writes which captions a step
 saw, from inside the training process; it is killed by SIGKILL at 20 random moments and started again each time. What
 the last attempt at every step read has to equal an uninterrupted run, byte for byte, and so have the final weights.
+Then 1, 2 and 4 processes each read their own rows of every batch; together they have to be the same.
 """
 
 import argparse
@@ -55,6 +56,44 @@ if __name__ == "__main__":
     run.batches = told
     sys.exit(main(sys.argv[3:]))
 """
+
+
+# One of several processes, which reads its rows of every batch and writes down what each shows.
+READ = """
+import hashlib, sys
+from itertools import islice
+import numpy as np
+from unclip_jax.config import DataConfig
+from unclip_jax.data.loader import batches
+
+if __name__ == "__main__":
+    folder, place, index, count, steps = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+    config = DataConfig(source=f"folder:{folder}", size=16, batch_size=8, context_length=8, workers=index % 2)
+    rows = np.arange(8)[index * 8 // count : (index + 1) * 8 // count]
+    with open(place, "w") as file:
+        for step, batch in enumerate(islice(batches(config, rows=rows), steps)):
+            for row, image, tokens in zip(rows, batch.image, batch.tokens):
+                digest = hashlib.sha256(image.tobytes() + tokens.tobytes()).hexdigest()[:16]
+                file.write(f"{step * 8 + row} {digest}\\n")
+"""
+
+
+def order_of(place: Path, count: int, steps: int) -> str:
+    """Digest of what every row showed, read by so many processes at once."""
+    (place / "read.py").write_text(READ)
+    environment = os.environ | {"UNCLIP_CACHE_DIR": str(place / "cache"), "JAX_PLATFORMS": "cpu"}
+    paths = [place / f"rows-{index}-of-{count}" for index in range(count)]
+    command = [sys.executable, str(place / "read.py"), str(place / "pictures")]
+    readers = [
+        subprocess.Popen([*command, *map(str, (path, index, count, steps))], env=environment)
+        for index, path in enumerate(paths)
+    ]
+    if any([reader.wait() for reader in readers]):
+        raise SystemExit("a process that reads failed")
+    lines = sorted((line for path in paths for line in path.read_text().splitlines()), key=lambda x: int(x.split()[0]))
+    if [int(line.split()[0]) for line in lines] != list(range(8 * steps)):
+        raise SystemExit(f"{count} processes did not read every row once")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def write_pictures(folder: Path, count: int = 100) -> None:
@@ -150,11 +189,14 @@ def main() -> None:
             "processes_left": left,
         }
         row |= {"same_weights": weights(place, "killed") == weights(place, "whole")}
+        row |= {"orders": {count: order_of(place, count, options.steps) for count in (1, 2, 4)}}
     print(json.dumps(row))
     if options.out:
         options.out.write_text(json.dumps(row) + "\n")
     if left or not (row["same_records"] and row["same_weights"]):
         raise SystemExit("a run that was killed left processes, or read or learned something else")
+    if len(set(row["orders"].values())) > 1:
+        raise SystemExit("another number of processes read another order")
 
 
 if __name__ == "__main__":

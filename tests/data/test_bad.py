@@ -269,3 +269,18 @@ def test_rows_without_the_key_or_with_a_broken_path_are_named_or_numbered(tmp_pa
     (tmp_path / "l.csv").write_bytes(b"file_name,text\n1.jpg,a\ncaf\xe9.jpg,b\n")
     table = open_source(f"table:{tmp_path}/l.csv")
     assert len(table) == 1 and "not UTF-8" in " ".join(table.problems)
+
+
+def test_a_first_line_without_a_field_takes_it_from_no_other(tmp_path):
+    lines = ('{"file_name": "a.png"}', '{"file_name": "b.png", "text": "a thing"}', '{"text": "lost", "key": "c"}')
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    source = open_source(f"table:{tmp_path}/t.jsonl")
+    assert [source.key(index) for index in range(len(source))] == ["a.png", "b.png", "c"]
+    rows = [source.listing.row(index) for index in range(3)]
+    assert [row["captions"] for row in rows] == [[], ["a thing"], ["lost"]]
+    assert [row["problem"] for row in rows] == [None, None, "'c' names no picture"]
+    with pytest.raises(DataError, match="has no column 'words'; it has file_name, text, key"):
+        open_source(f"table:{tmp_path}/t.jsonl?caption=words")
+    (tmp_path / "u.jsonl").write_text('{"a": 1}\n{"b": 2}')
+    with pytest.raises(DataError, match="has the columns a, b: say which holds the pictures"):
+        open_source(f"table:{tmp_path}/u.jsonl")

@@ -5,10 +5,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unclip_jax import run
+from unclip_jax.checkpoint.safetensors import Network
 from unclip_jax.cli import main
+from unclip_jax.config import ClipConfig, DataConfig, TrainConfig
 from unclip_jax.data.embed import Cut, Encoders, embed
 from unclip_jax.data.embeddings import EmbeddingsError, Part, open_embeddings, shard_path, unit
 from unclip_jax.data.records import Broken, Record
+from unclip_jax.data.tokenizer import ClipTokenizer
 
 ROWS, DIM, SIDE = 23, 6, 8
 CUT = Cut(shard_rows=5, mirror=True, thumbnail=4)
@@ -163,3 +167,23 @@ def test_the_command_embeds_a_folder_with_a_cascades_clip(tiny_cascade_folder, t
     stored = open_source(f"stored:{out}")[0]
     assert stored.captions == ("a red cat",) and stored.embedding is not None
     np.testing.assert_allclose(stored.embedding, expected[0], atol=1e-3)
+
+
+def test_embeddings_that_training_makes_follow_the_content_of_its_files(tmp_path, monkeypatch):
+    def made(path, *_):
+        np.savez(path, embedding=np.zeros((1, 2)), tokens=np.zeros((1, 2), int), mask=np.ones((1, 2), bool))
+
+    monkeypatch.setattr(run, "_embed_to", made)
+    clip = Network(TrainConfig("clip", ClipConfig()), {}, {}, None, "digest", {})
+    one, two = tmp_path / "one.csv", tmp_path / "two.csv"
+
+    def count(**files) -> int:
+        run._embed(DataConfig(**{name: str(path) for name, path in files.items()}), clip, tokenizer, 1, tmp_path)
+        return len(list(tmp_path.glob("embeddings-*.npz")))
+
+    tokenizer = ClipTokenizer(8)
+    for path in (one, two):
+        path.write_text("key,weight\na,1\n")
+    assert [count(weights=one), count(weights=two), count(weights=one, skip=one)] == [1, 1, 2]
+    one.write_text("key,weight\na,2\n")
+    assert [count(weights=one), count(weights=two)] == [3, 3]

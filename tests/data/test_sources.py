@@ -72,9 +72,7 @@ def of_tfds(place: Path, pictures) -> str:
 def of_hub(place: Path, pictures) -> str:
     datasets = pytest.importorskip("datasets")
     rows = {"image": [{"bytes": data, "path": None} for data, _ in pictures], "text": [words for _, words in pictures]}
-    features = datasets.Features(
-        {"image": datasets.Image(), "text": datasets.features.features.List(datasets.Value("string"))}
-    )
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Sequence(datasets.Value("string"))})
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(place / "hub"))
     return f"hf:{place}/hub"
 

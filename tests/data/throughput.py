@@ -1,10 +1,12 @@
 """Pictures per second of our loader beside webdataset with PyTorch's DataLoader: same JPEG tars, same work, same run.
 
-python tests/data/throughput.py [--pictures 4000] [--seconds 20] [--sides 64 256] [--workers 2] [--out FILE]
+    python tests/data/throughput.py --out tests/results/throughput.json     # some 10 minutes, on a machine at rest
 
 Both decode a whole JPEG or, with --reduced, at the smallest of its scales that keeps twice the target side (libjpeg's
 DCT scaling), resize its middle with antialiasing, encode the caption with CLIP's tokenizer and stack batches of 64;
 both shuffle; both are timed after their first batches came, alternating between the two.
+Then ours reads, as fast as it can, as many pictures as training takes in an hour at its own speed (that of a curve of
+training on two cores), and the memory of all its processes is looked at on the way.
 """
 
 import argparse
@@ -12,11 +14,12 @@ import io
 import json
 import os
 import platform
-import resource
 import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -105,15 +108,53 @@ def rate(reader: Iterator[Any], seconds: float) -> float:
 
 
 def resident() -> float:
-    """MiB that this process has in memory."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+    """MiB in memory of this process and all that it started, what they share counted once (proportional set size)."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    own = {os.getpid()}
+    while more := {child for child, parent in parents.items() if parent in own} - own:
+        own |= more
+    total = 0
+    for number in own:
+        with suppress(OSError):
+            lines = Path(f"/proc/{number}/smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 2**10
+
+
+def pictures_an_hour() -> int:
+    """Pictures that training of the quick decoder sees in an hour on two cores."""
+    lines = (resources.files("unclip_jax") / "weights/results/quick_decoder_curve.jsonl").read_text().splitlines()
+    return int(3600 * np.median([json.loads(line)["images_per_second"] for line in lines]))
+
+
+def memory(folder: Path, side: int, workers: int, pictures: int) -> dict[str, Any]:
+    """Memory at 40 places while so many pictures are read, and how the second half differs from the first."""
+    reader, batches_, found = ours(folder, side, workers, True), -(-pictures // BATCH), []
+    since = time.perf_counter()
+    for number, _ in enumerate(islice(reader, batches_)):
+        if number % max(1, batches_ // 40) == 0:
+            found.append(resident())
+    seconds = time.perf_counter() - since
+    middle, last = np.median(found[len(found) // 4 : len(found) // 2]), np.median(found[-len(found) // 4 :])
+    return {
+        "side": side,
+        "pictures": batches_ * BATCH,
+        "steps": batches_,
+        "seconds": round(seconds),
+        "mib": [round(value) for value in found],
+        "second_quarter_mib": round(float(middle), 1),
+        "last_quarter_mib": round(float(last), 1),
+        "growth": round(float(last / middle - 1), 4),
+    }
 
 
 def main() -> None:
     """Times both at every side and prints one JSON line each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=4000)
+    parser.add_argument("--pictures", type=int, default=3000)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--sides", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--workers", type=int, default=2)
@@ -121,6 +162,7 @@ def main() -> None:
     parser.add_argument(
         "--whole", action="store_true", help="webdataset decodes whole JPEGs, as its decode('pil') does"
     )
+    parser.add_argument("--hour", type=int, help="pictures read for the look at memory (default: an hour's), 0: none")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
@@ -130,21 +172,24 @@ def main() -> None:
         rows = []
         for side in options.sides:
             found: dict[str, list[float]] = {"ours": [], "webdataset": []}
-            memory = []
             for _ in range(options.rounds):
                 for name, make in (("ours", ours), ("webdataset", theirs)):
                     reader = make(folder, side, options.workers, not options.whole or name == "ours")
                     found[name].append(rate(reader, options.seconds))
                     del reader
-                    memory.append(resident())
             row = {"side": side, "workers": options.workers, "cpu": platform.processor() or platform.machine()}
             row |= {name: [round(value, 1) for value in values] for name, values in found.items()}
             row |= {"ratio": round(float(np.median(found["ours"]) / np.median(found["webdataset"])), 3)}
-            row |= {"whole": options.whole, "resident_mib": [round(value) for value in memory]}
+            row |= {"whole": options.whole}
             print(json.dumps(row), flush=True)
             rows.append(row)
+        result: dict[str, Any] = {"cores": os.cpu_count(), "batch": BATCH, "pictures": options.pictures, "rates": rows}
+        hour = pictures_an_hour() if options.hour is None else options.hour
+        if hour:
+            result["memory"] = memory(folder, options.sides[0], options.workers, hour)
+            print(json.dumps(result["memory"]), flush=True)
     if options.out:
-        options.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

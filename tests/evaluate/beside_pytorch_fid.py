@@ -1,28 +1,33 @@
-"""Our FID beside pytorch-fid's: same random weights, same pictures; features, distance and speed in one run.
+"""Our FID beside pytorch-fid's: same random weights, same pictures; features, distances and speed in one run.
 
     pip install --no-deps --target oracle pytorch-fid torchvision==0.28.0    # of torch 2.13
-    PYTHONPATH=oracle:tests/evaluate python tests/evaluate/beside_pytorch_fid.py --pictures 64
+    PYTHONPATH=oracle python tests/evaluate/beside_pytorch_fid.py --out tests/results/fid.json
 
 torchvision changes what transformers does with pictures, so it stays out of the environment of the tests.
 """
 
 import argparse
 import json
+import os
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from degradations import degraded, rises
 from pytorch_fid.fid_score import calculate_frechet_distance
 from pytorch_fid.inception import FIDInceptionA, FIDInceptionC, FIDInceptionE_1, FIDInceptionE_2, InceptionV3
 from torch_inception import randomised
 from torchvision.models import inception_v3
 
+from unclip_jax import compile_cache
 from unclip_jax.data.emoji import Renderer, Scenes
 from unclip_jax.evaluate.distances import frechet, moments_of
-from unclip_jax.evaluate.features import inception_eye
+from unclip_jax.evaluate.features import inception_eye, look
 from unclip_jax.evaluate.inception import load_inception
+from unclip_jax.evaluate.report import versions
 from unclip_jax.sharding import make_mesh
 
 
@@ -37,13 +42,28 @@ def published_architecture():
     return network
 
 
+def speeds(eyes, pictures, batch):
+    """Pictures a second of each, batch by batch in turn, so that both see the same machine; and the features."""
+    found, seconds = {name: [] for name in eyes}, {name: [] for name in eyes}
+    for see in eyes.values():
+        see(pictures[:batch])  # compiles, and takes memory
+    for start in range(0, len(pictures), batch):
+        for name, see in eyes.items():
+            begin = time.perf_counter()
+            found[name].append(see(pictures[start : start + batch]))
+            seconds[name].append(time.perf_counter() - begin)
+    return {name: batch / float(np.median(times)) for name, times in seconds.items()}, found
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=64)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=32, help="in each set")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     import pytorch_fid.inception
 
+    compile_cache.enable()
     weights = randomised(published_architecture())
     pytorch_fid.inception.fid_inception_v3 = lambda: weights
     network = InceptionV3([3]).eval()
@@ -51,32 +71,44 @@ def main():
         path = Path(folder) / "inception.pth"
         torch.save(weights.state_dict(), path)
         eye = inception_eye(load_inception(path), make_mesh("dp"))
-    scenes, renderer = Scenes(split="held_out"), Renderer()
-    real = np.stack([renderer.render(scenes[i]) for i in range(2 * options.pictures)])
-    found, seconds = {"torch": [], "jax": []}, {"torch": 0.0, "jax": 0.0}
-    eye.see(real[: options.batch])  # compiles
-    for start in range(0, len(real), options.batch):
-        part = real[start : start + options.batch]
-        begin = time.perf_counter()
-        found["jax"].append(eye.see(part))
-        seconds["jax"] += time.perf_counter() - begin
-        begin = time.perf_counter()
+
+    def theirs(pictures):
         with torch.no_grad():
-            pixels = torch.from_numpy(part).permute(0, 3, 1, 2).float() / 255
-            found["torch"].append(network(pixels)[0][:, :, 0, 0].numpy())
-        seconds["torch"] += time.perf_counter() - begin
-    ours, other = (np.concatenate(found[name]).astype(np.float64) for name in ("jax", "torch"))
-    half = len(real) // 2
-    theirs = [fact for part in (other[:half], other[half:]) for fact in (part.mean(0), np.cov(part, rowvar=False))]
-    published = calculate_frechet_distance(*theirs)
-    mine = frechet(moments_of(ours[:half]), moments_of(ours[half:]))
-    print(json.dumps({
+            pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+            return network(pixels)[0][:, :, 0, 0].numpy()
+
+    scenes, renderer = Scenes(split="held_out"), Renderer()
+    renders = np.stack([renderer.render(scenes[i]) for i in range(2 * options.pictures)])
+    half = options.pictures // options.batch * options.batch
+    sets = degraded(renders[:half], renders[half : 2 * half])
+    both = np.concatenate([sets["the same"], sets["as many others"]])
+    rates, found = speeds({"unclip_jax": eye.see, "pytorch-fid": theirs}, both, options.batch)
+    ours, other = (np.concatenate(found[name]).astype(np.float64) for name in rates)
+    facts = [fact for part in (other[:half], other[half:]) for fact in (part.mean(0), np.cov(part, rowvar=False))]
+    real = moments_of(ours[:half])
+    figures = {"the same": {"FID": frechet(real, real)}}
+    figures["as many others"] = {"FID": frechet(real, moments_of(ours[half:]))}
+    for name, pictures in list(sets.items())[2:]:
+        figures[name] = {"FID": frechet(real, look(eye, pictures, options.batch, name).moments)}
+    content = {
+        "weights": "InceptionV3's architecture with random weights: what is shown is the mathematics, not FID's scale",
+        "pictures": f"{half} held-out renders in each set, at 64 px, in batches of {options.batch}",
+        "processor": f"{os.cpu_count()} cores",
         "largest difference of features": float(np.abs(ours - other).max()),
         "largest feature": float(np.abs(other).max()),
-        "FID of two halves, ours": mine, "pytorch-fid's": float(published),
-        "identical sets": frechet(moments_of(ours), moments_of(ours)),
-        "pictures/s, ours": len(real) / seconds["jax"], "pytorch-fid's pictures/s": len(real) / seconds["torch"],
-    }, indent=1))  # fmt: skip
+        "FID of two halves": {
+            "unclip_jax": figures["as many others"]["FID"],
+            "pytorch-fid": float(calculate_frechet_distance(*facts)),
+        },
+        "pictures per second": rates,
+        "FID": {name: row["FID"] for name, row in figures.items()},
+        "rises with": {kind: columns["FID"] for kind, columns in rises(figures).items()},
+        "versions": versions() | {name: version(name) for name in ("torch", "torchvision", "pytorch-fid")},
+    }
+    text = json.dumps(content, indent=1)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

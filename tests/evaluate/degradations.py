@@ -35,6 +35,27 @@ def random_inception():
     return Inception(fold({name: tensor(name, shape) for name, shape in expected_shapes().items()}), "random")
 
 
+def degraded(real, other):
+    """The pictures themselves, others, and the pictures ever more blurred and noisier, by name."""
+    rng, sets = np.random.default_rng(0), {"the same": real, "as many others": other}
+    for sigma in BLURS:
+        blurred = [np.asarray(Image.fromarray(x).filter(ImageFilter.GaussianBlur(sigma))) for x in real]
+        sets[f"blur {sigma:g} px"] = np.stack(blurred)
+    for sigma in NOISES:
+        sets[f"noise {sigma}"] = np.clip(real + rng.normal(0, sigma, real.shape), 0, 255).astype(np.uint8)
+    return sets
+
+
+def rises(figures):
+    """Whether every column rises from row to row, with blur and with noise."""
+    found = {}
+    for kind in ("blur", "noise"):
+        rows = [row for name, row in figures.items() if name.startswith(kind)]
+        pairs = list(zip(rows, rows[1:], strict=False))
+        found[kind] = {column: all(a[column] < b[column] for a, b in pairs) for column in rows[0]}
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=512)
@@ -43,18 +64,13 @@ def main():
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     compile_cache.enable()
-    cascade, mesh, rng = load_cascade(), make_mesh("dp"), np.random.default_rng(0)
+    cascade, mesh = load_cascade(), make_mesh("dp")
     eyes = {"CLIP": clip_eye(cascade.clip, mesh)}
     if not options.no_inception:
         weights = load_inception(options.inception) if options.inception else random_inception()
         eyes["FID" if options.inception else "random Inception"] = inception_eye(weights, mesh)
     real, other = (read_pairs(cascade, HELD_OUT, options.n, 64, first).pictures for first in (0, options.n))
-    sets = {"the same": real, "as many others": other}
-    for sigma in BLURS:
-        blurred = [np.asarray(Image.fromarray(x).filter(ImageFilter.GaussianBlur(sigma))) for x in real]
-        sets[f"blur {sigma:g} px"] = np.stack(blurred)
-    for sigma in NOISES:
-        sets[f"noise {sigma}"] = np.clip(real + rng.normal(0, sigma, real.shape), 0, 255).astype(np.uint8)
+    sets = degraded(real, other)
     figures = {name: {} for name in sets}
     for eye_name, eye in eyes.items():
         seen = {name: look(eye, pictures, 64, f"{eye_name}, {name}") for name, pictures in sets.items()}
@@ -63,10 +79,8 @@ def main():
             if eye_name == "CLIP":
                 figures[name]["CMMD"] = cmmd(seen["the same"].features, found.features)
     print(table(figures))
-    for kind in ("blur", "noise"):
-        rows = [row for name, row in figures.items() if name.startswith(kind)]
-        rises = {column: all(a[column] < b[column] for a, b in zip(rows, rows[1:], strict=False)) for column in rows[0]}
-        print(f"rising with {kind}: {rises}")
+    for kind, columns in rises(figures).items():
+        print(f"rising with {kind}: {columns}")
     if options.out:
         content = {"n": options.n, "figures": figures, "versions": versions()}
         options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,5 +1,4 @@
 import json
-import re
 import shutil
 
 import numpy as np
@@ -12,7 +11,10 @@ from unclip_jax.config import ClipConfig
 from unclip_jax.eval_command import METRICS as OFFERED
 from unclip_jax.evaluate import plots
 from unclip_jax.evaluate.drawing import draw, setting_of
-from unclip_jax.evaluate.quality import ABOUT, METRICS
+from unclip_jax.evaluate.extras import memorisation_report
+from unclip_jax.evaluate.features import Eye, look
+from unclip_jax.evaluate.pairs import HELD_OUT, TRAINED, read_pairs
+from unclip_jax.evaluate.quality import ABOUT, METRICS, Ruler
 from unclip_jax.evaluate.recommend import recommended
 from unclip_jax.evaluate.similarity import patch_distance
 from unclip_jax.evaluate.sweep import parse_axis, read_rows, settings_of
@@ -43,7 +45,9 @@ def test_a_sweep_restarts_and_reports_every_setting(tiny_cascade_folder, tmp_pat
         assert 0 <= row["figures"]["faithfulness"] <= 1 and row["figures"]["CMMD"] >= 0
         assert set(row["figures"]) <= set(ABOUT)
     page = (tmp_path / "a/report.html").read_text()
-    assert all(re.search(rf"<td>{g:g}(</td>| )", page) for g in (0.5, 1, 2))
+    assert all(
+        f"<td>{words}" in page for words in ("steps 1, guidance 0.5", "steps 1, guidance 1", "steps 2, guidance 2")
+    )
     assert page.count('class="strip"') == len(rows) + 1 and "is recommended" in page
     assert "http" not in page and {path.suffix for path in (tmp_path / "a/plots").iterdir()} == {".png"}
     report = json.loads((tmp_path / "a/report.json").read_text())
@@ -82,6 +86,19 @@ def test_everything_at_one_setting(tiny_cascade_folder, tmp_path, capsys, monkey
     assert {"prior, cosine to true", "reconstruction, SSIM", "recall", "CLIP score"} <= set(row["figures"])
     (table,) = json.loads((tmp_path / "b/report.json").read_text())["tables"].values()
     assert table["nearest training picture of held-out pictures"]["copies"] == 1
+
+
+def test_large_samples_meet_training_pictures_at_the_decoders_side(cascade):
+    def see(pictures):
+        means = pictures.reshape(len(pictures), 2, pictures.shape[1] // 2, 2, -1, 3).mean((2, 4)).reshape(-1, 12)
+        return (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32)
+
+    eye = Eye("quarters", 12, see)
+    held_out, trained = (read_pairs(cascade, source, 4, 256) for source in (HELD_OUT, TRAINED))
+    ruler = Ruler(held_out, eye, np.zeros((4, 12), np.float32), look(eye, held_out.pictures))
+    report = memorisation_report(cascade, ruler, trained.pictures, look(eye, trained.pictures).features, TRAINED, 8)
+    assert [row["copies"] for row in report.figures.values()] == [1, 0]
+    assert {row.shape for row in report.rows} == {(3, 64, 64, 3)}
 
 
 def test_a_picture_does_not_depend_on_its_neighbours(cascade):

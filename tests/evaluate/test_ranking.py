@@ -28,6 +28,8 @@ def test_a_score_that_knows_the_truth_finds_it_as_soon_as_it_is_there(candidates
     assert right[:2] == [right[0]] * 2 and right[0] < 0.5 and right[2] == 1
     assert [figures[f"best of {count}, CLIP"]["cosine"] for count in (1, 2, 4)] == [0.3, 0.3, 0.9]
     assert not any(name.startswith("best of 8") for name in figures)
+    judge, scenes, pictures = candidates
+    assert judge.figures(pictures[:, 2], scenes, "best of 4").items() <= figures.items()
     gain = figures["best of 4, gain"]
     assert gain["gain"] == pytest.approx(0.75 * (1 - right[0])) and 0 < gain["low"] <= gain["gain"] <= gain["high"]
     # Of two disjoint pairs one holds the true render, and its score finds it: a quarter above the mean candidate.

@@ -40,6 +40,12 @@ def test_notebooks_open_on_colab_and_install_what_they_open(path):
     assert any("examine(" in cell.source for cell in book.cells[:6])
 
 
+def test_one_command_names_another_repository():
+    named = {path: set(re.findall(r"github(?:\.com)?/([\w.-]+/[\w.-]+)", path.read_text())) for path in NOTEBOOKS}
+    (repository,) = set.union(*named.values())
+    assert all(named.values()) and f"s#{repository}#OWNER/NAME#g" in (ROOT / "notebooks/README.md").read_text()
+
+
 @pytest.mark.notebooks
 @by_name
 def test_notebooks_run(path, tmp_path):

@@ -37,6 +37,7 @@ def _step(steps: Any, name: str, what: str) -> argparse.ArgumentParser:
 def _add_filter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", type=Path, required=True, help="CSV of key, label: 1 to remove, 0 to keep")
     parser.add_argument("--recall", type=float, default=0.95, help="share of what is unwanted that has to go (0.95)")
+    _add_features(parser)
     parser.add_argument("--hidden", type=int, default=0, help="width of the probe's hidden layer (default 0: linear)")
     parser.add_argument("--propose", type=int, default=0, metavar="N", help="write N records to label next")
     parser.add_argument("--source", help="where their pictures are, for a contact sheet")
@@ -52,9 +53,14 @@ def _add_duplicates(parser: argparse.ArgumentParser) -> None:
 
 def _add_reweight(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, action="append", default=[], help="a step whose effect is to stay")
-    parser.add_argument("--features", choices=("image", "text", "both"), default="both", help="(default both)")
-    parser.add_argument("--hidden", type=int, default=0, help="width of the probe's hidden layer (default 0: linear)")
+    _add_features(parser)
+    parser.add_argument("--hidden", type=int, default=32, help="width of the probe's hidden layer (32; 0: linear)")
     parser.add_argument("--most", type=float, default=10.0, help="largest weight before they are normalised (10)")
+
+
+def _add_features(parser: argparse.ArgumentParser) -> None:
+    which = "embeddings that the probe reads: of pictures, of captions, or both (default)"
+    parser.add_argument("--features", choices=("image", "text", "both"), default="both", help=which)
 
 
 def _add_score(parser: argparse.ArgumentParser) -> None:

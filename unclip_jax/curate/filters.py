@@ -14,14 +14,18 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from unclip_jax.checkpoint.writing import replacing
 from unclip_jax.curate import manifest
+from unclip_jax.curate.features import Features, features_of, in_blocks
 from unclip_jax.curate.manifest import CurationError
-from unclip_jax.curate.probe import Trained, save_probe, threshold_for, train
+from unclip_jax.curate.probe import Trained, check_labels, save_probe, threshold_for, train
 from unclip_jax.data.embeddings import Embeddings, Part
 from unclip_jax.output import grid, save_png
 
 REMOVE, KEEP = ("1", "remove", "true", "yes"), ("0", "keep", "false", "no")
-POOL = 10  # uncertain rows per row that is proposed
 SAMPLED = 20_000  # rows from which the probe learns what usual variance is
+# The first of them also stand for what is to be kept, together as much as all that is labelled so. Some of them are to
+# be removed; that shifts the log odds, and the order of records by them hardly (Elkan and Noto, Learning classifiers
+# from only positive and unlabeled data, 2008).
+UNLABELLED = 2_000
 CANDIDATES = 200_000  # rows, drawn at random, among which proposals are looked for
 
 
@@ -38,22 +42,31 @@ def filter_rows(
     out: Path,
     *,
     recall: float = 0.95,
+    features: Features = "both",
     hidden: int = 0,
     seed: int = 0,
     after: Sequence[Path] = (),
     part: Part = Part(),  # noqa: B008
 ) -> Trained:
     """Removes what a probe of the labels scores above its threshold; writes this part of the step and the probe."""
+    check_labels(labels.remove)
     valid = np.flatnonzero(embeddings.valid)
     sample = np.random.default_rng([seed, 9]).choice(valid, min(SAMPLED, len(valid)), replace=False)
-    known, whole = (embeddings.unit("image", rows) for rows in (labels.rows, sample))
-    trained = train(known, labels.remove, hidden, seed, whole)
-    probe = trained.probe._replace(threshold=threshold_for(trained.held_out, labels.remove, recall))
+    unknown = sample[~np.isin(sample, labels.rows)][:UNLABELLED]
+    known, usual, whole = (features_of(embeddings, rows, features) for rows in (labels.rows, unknown, sample))
+    counts = len(labels.rows), len(unknown)
+    remove = np.concatenate([labels.remove, np.zeros(len(unknown), bool)])
+    weights = np.repeat([1 / max(1, (~labels.remove).sum()), 1 / max(1, len(unknown))], counts)
+    trained = train(np.concatenate([known, usual]), remove, hidden, seed, whole, weights=weights)
+    trained = trained._replace(held_out=trained.held_out[: len(labels.rows)])
+    threshold = threshold_for(trained.held_out, labels.remove, recall)
+    probe = trained.probe._replace(threshold=threshold, features=features)
     trained = trained._replace(probe=probe)
-    parameters = {"recall": recall, "hidden": hidden, "seed": seed, "labels": len(labels.rows), "l2": trained.penalty}
+    parameters = {"recall": recall, "features": features, "hidden": hidden, "seed": seed}
+    parameters |= {"labels": len(labels.rows), "l2": trained.penalty}
     manifest.begin(out, "filter", embeddings, parameters, after)
     save_probe(out / "probe.safetensors", probe, embeddings.about.clip)
-    score = in_blocks(embeddings, probe.logits)
+    score = in_blocks(embeddings, probe.logits, features)
     cut_by(embeddings, score, lambda x: x >= probe.threshold, "filter", out, part, after, held_out(trained, labels))
     return trained
 
@@ -67,22 +80,6 @@ def held_out(trained: Trained, labels: Labels) -> dict[str, float]:
         "held_out_recall": float(recall),
         "held_out_false_alarms": float(alarm),
     }
-
-
-def in_blocks(
-    embeddings: Embeddings, score: Callable[[Float[np.ndarray, "n z"]], Float[np.ndarray, " n"]]
-) -> Callable[[int], Float[np.ndarray, " n"]]:
-    """Scores of a shard's pictures; all shards have one shape, so that one program does for all."""
-    size = embeddings.about.shard_rows
-
-    def of_shard(number: int) -> Float[np.ndarray, " n"]:
-        first = number * size
-        rows = np.arange(first, min(first + size, len(embeddings)))
-        features = np.zeros((size, embeddings.about.dim), np.float32)
-        features[: len(rows)] = embeddings.unit("image", rows)
-        return score(features)[: len(rows)]
-
-    return of_shard
 
 
 def cut_by(
@@ -115,27 +112,24 @@ def cut_by(
 def propose(
     embeddings: Embeddings, trained: Trained, labels: Labels, count: int, after: Sequence[Path] = (), seed: int = 0
 ) -> tuple[Int[np.ndarray, " p"], Float[np.ndarray, " p"]]:
-    """Rows to label next, and their log odds: the probe is uncertain of them, and they are unlike one another.
+    """Rows to label next, and their log odds: drawn at random from what the probe would remove.
 
-    Of the rows nearest to the threshold, POOL times as many as are asked for, those are taken in turn that are
-    farthest from all that is labelled or taken already. Fewer than asked for come where there are fewer.
+    A threshold that favours recall errs by taking too much, so labels tell most there (DALL-E 2's own way to fewer
+    false alarms); and a random sample, unlike the most uncertain rows, leaves the threshold's recall what it says.
+    Where there is less of that than was asked for, those nearest below the threshold follow.
     """
     left = manifest.alive(embeddings, after)
     left[labels.rows] = False
     rows = np.flatnonzero(left)
+    rng = np.random.default_rng([seed, 2, len(labels.rows)])
     if len(rows) > CANDIDATES:
-        rows = np.sort(np.random.default_rng([seed, 2]).choice(rows, CANDIDATES, replace=False))
-    features = embeddings.unit("image", rows)
-    logits = trained.probe.logits(features) if len(rows) else np.zeros(0, np.float32)
-    pool = np.argsort(np.abs(logits - trained.probe.threshold), kind="stable")[: POOL * count]
-    nearest = (features[pool] @ embeddings.unit("image", labels.rows).T).max(1, initial=-1)
-    taken: list[int] = []
-    for _ in range(min(count, len(pool))):
-        place = int(np.argmin(nearest))
-        taken.append(place)
-        nearest = np.maximum(nearest, features[pool] @ features[pool[place]])
-        nearest[place] = np.inf
-    return rows[pool[taken]], logits[pool[taken]]
+        rows = np.sort(rng.choice(rows, CANDIDATES, replace=False))
+    known = features_of(embeddings, rows, trained.probe.features)
+    logits = trained.probe.logits(known) if len(rows) else np.zeros(0, np.float32)
+    above = rng.permutation(np.flatnonzero(logits >= trained.probe.threshold))
+    below = np.flatnonzero(logits < trained.probe.threshold)
+    taken = np.concatenate([above, below[np.argsort(-logits[below], kind="stable")]])[:count]
+    return rows[taken], logits[taken]
 
 
 def write_proposals(

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from unclip_jax.checkpoint.schema import CheckpointError
 from unclip_jax.checkpoint.sources import open_safetensors
 from unclip_jax.checkpoint.writing import replacing, save_file
+from unclip_jax.curate.features import Features
 from unclip_jax.curate.manifest import CurationError
 
 FOLDS = 5
@@ -41,6 +42,7 @@ class Probe(NamedTuple):
     matrix: Float[np.ndarray, "z z"]
     layers: Layers
     threshold: float = 0.0
+    features: Features = "image"  # what it reads
 
     def logits(self, features: Float[np.ndarray, "n z"]) -> Float[np.ndarray, " n"]:
         """Log odds that a row is positive."""
@@ -72,35 +74,46 @@ def train(
     seed: int = 0,
     sample: Float[np.ndarray, "s z"] | None = None,
     folds: Int[np.ndarray, " n"] | None = None,
+    weights: Float[np.ndarray, " n"] | None = None,
 ) -> Trained:
     """A probe of labelled rows, classes weighted alike.
 
     hidden: width of the hidden layer, 0: logistic regression. sample: rows of the whole source, None: the examples,
     whose covariance is whitened: what tells things apart is often a direction of little variance. folds: which
-    of FOLDS sets an example is of, None: drawn. Raises CurationError where a class has fewer than two examples.
+    of FOLDS sets an example is of, None: drawn. weights: of the examples within their classes, None: alike. Raises
+    CurationError where a class has fewer than two examples.
     """
-    positives = int(labels.sum())
-    if min(positives, len(labels) - positives) < 2:
-        raise CurationError(
-            f"the labels hold {positives} to remove and {len(labels) - positives} to keep: label at least two of each"
-        )
+    check_labels(labels)
     mean, matrix = whitening(features if sample is None else sample)
     x, y = jnp.asarray((features - mean) @ matrix), jnp.asarray(labels, jnp.float32)
     folds = _folds(labels, seed) if folds is None else folds
     # The last of the sets is all examples; the others each leave one fold out.
     masks = np.stack([folds != fold for fold in range(FOLDS)] + [np.ones(len(labels), bool)])
-    rng = np.random.default_rng([seed, 7])
-    whole, size = np.arange(len(labels)), min(BATCH, len(labels))
-    batches = np.stack([whole if size == len(labels) else rng.choice(len(labels), size) for _ in range(STEPS)])
-    sets = jnp.asarray(masks, jnp.float32)
+    weights = _balanced(labels, np.ones(len(labels)) if weights is None else weights)
+    if len(labels) <= BATCH:
+        batches, sets = np.broadcast_to(np.arange(len(labels)), (STEPS, len(labels))), masks * weights
+    else:  # what weighs more is drawn more often, and then counts as much as any
+        drawn = np.random.default_rng([seed, 7]).choice(len(labels), (STEPS, BATCH), p=weights / weights.sum())
+        batches, sets = drawn, masks
+    sets = jnp.asarray(sets, jnp.float32)
     layers = _train_all(hidden, x, y, sets, jnp.asarray(PENALTIES), jnp.asarray(batches), jax.random.key(seed))
-    logits = np.asarray(jax.vmap(jax.vmap(_logits, (0, None)), (0, None))(layers, x))  # [penalty, set, row]
+    by_penalty = [jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(len(PENALTIES))]
+    logits = np.stack([jax.vmap(_logits, (0, None))(each, x) for each in by_penalty])  # [penalty, set, row]
     held_out = logits[:, folds, np.arange(len(labels))]
-    losses = (np.logaddexp(0, np.where(labels, -held_out, held_out)) * _balance(labels)).mean(1)
+    losses = (np.logaddexp(0, np.where(labels, -held_out, held_out)) * weights).mean(1)
     best = int(np.argmin(losses))
-    sets = [jax.tree.map(lambda leaf, i=i: np.asarray(leaf[best, i]), layers) for i in range(FOLDS + 1)]
-    *without, probe = (Probe(mean, matrix, own) for own in sets)
+    each = [jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), by_penalty[best]) for i in range(FOLDS + 1)]
+    *without, probe = (Probe(mean, matrix, own) for own in each)
     return Trained(probe, held_out[best], PENALTIES[best], tuple(without))
+
+
+def check_labels(labels: Bool[np.ndarray, " n"]) -> None:
+    """Raises CurationError where a class has fewer than two examples."""
+    positives = int(labels.sum())
+    if min(positives, len(labels) - positives) < 2:
+        raise CurationError(
+            f"the labels hold {positives} to remove and {len(labels) - positives} to keep: label at least two of each"
+        )
 
 
 def threshold_for(held_out: Float[np.ndarray, " n"], labels: Bool[np.ndarray, " n"], recall: float) -> float:
@@ -131,10 +144,10 @@ def _folds(labels: Bool[np.ndarray, " n"], seed: int) -> Int[np.ndarray, " n"]:
     return folds
 
 
-def _balance(labels: Bool[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Weights under which both classes count alike, of mean 1."""
-    share = labels.mean()
-    return np.where(labels, 0.5 / share, 0.5 / (1 - share))
+def _balanced(labels: Bool[np.ndarray, " n"], weights: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Weights of mean 1 under which both classes count alike."""
+    sums = np.where(labels, weights[labels].sum(), weights[~labels].sum())
+    return weights / sums * len(labels) / 2
 
 
 def _logits(layers: Layers, x: Float[Array, "n z"]) -> Float[Array, " n"]:
@@ -193,8 +206,9 @@ def save_probe(path: Path, probe: Probe, clip: str) -> None:
     """Writes a probe, with the digest of the CLIP whose embeddings it reads."""
     tensors = {"mean": probe.mean, "matrix": probe.matrix}
     tensors |= {name: np.atleast_1d(leaf) for name, leaf in probe.layers._asdict().items() if leaf is not None}
+    about = {"threshold": probe.threshold, "clip": clip, "features": probe.features}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, {"probe": json.dumps({"threshold": probe.threshold, "clip": clip})})
+        save_file(tensors, temporary, {"probe": json.dumps(about)})
 
 
 def load_probe(path: Path, clip: str | None = None) -> Probe:
@@ -219,4 +233,4 @@ def load_probe(path: Path, clip: str | None = None) -> Probe:
         )
     arrays = {name: np.array(array, np.float32) for name, array in arrays.items()}
     layers = Layers(arrays.get("hidden"), arrays.get("hidden_bias"), arrays["output"], arrays["bias"][0])  # type: ignore
-    return Probe(arrays["mean"], arrays["matrix"], layers, about["threshold"])
+    return Probe(arrays["mean"], arrays["matrix"], layers, about["threshold"], about.get("features", "image"))

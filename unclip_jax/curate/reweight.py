@@ -2,34 +2,27 @@
 
 A filter that finds one thing more often than another shifts what a model learns to draw (DALL-E 2's own finding). A
 classifier gives the ratio p(x | all) / p(x | kept), which is 1 / p(kept | x) but for a factor. It is trained to tell
-removed records from kept ones: against all of them, most examples would stand on both sides.
+removed records from kept ones: against all of them, most examples would stand on both sides. Its log odds only rank
+the records, each by a probe that had not seen it; how many of such a rank were removed is counted (see calibration),
+so that every rank gets back what it lost.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from unclip_jax.curate import manifest
+from unclip_jax.curate.calibration import isotonic, shares
+from unclip_jax.curate.features import Features, features_of, in_blocks
 from unclip_jax.curate.manifest import CurationError
-from unclip_jax.curate.probe import FOLDS, Probe, load_probe, save_probe, train
+from unclip_jax.curate.probe import FOLDS, load_probe, save_probe, train
 from unclip_jax.data.embeddings import Embeddings, Part
 
-Features = Literal["image", "text", "both"]
 SAMPLED = 50_000  # rows of each kind, kept and removed, that the probe sees at most
-
-
-def features_of(embeddings: Embeddings, rows: Int[np.ndarray, " r"], kind: Features) -> Float[np.ndarray, "r f"]:
-    """What the probe reads of some rows: unit embeddings of the picture, of its captions, or of both."""
-    match kind:
-        case "image":
-            return embeddings.unit("image", rows)
-        case "text":
-            return embeddings.text_mean(rows)
-        case "both":
-            return np.concatenate([embeddings.unit("image", rows), embeddings.text_mean(rows)], axis=1)
+HIDDEN = 32  # width of the probe's hidden layer: what was removed is seldom on one side of a plane
+CALIBRATION = "calibration.npy"
 
 
 def reweight(
@@ -39,7 +32,7 @@ def reweight(
     *,
     base: Sequence[Path] = (),
     features: Features = "both",
-    hidden: int = 0,
+    hidden: int = HIDDEN,
     most: float = 10.0,
     seed: int = 0,
     part: Part = Part(),  # noqa: B008
@@ -60,7 +53,7 @@ def reweight(
     parameters["base"] = [manifest.read_summary(folder)["manifest"] for folder in base]
     manifest.begin(out, "reweight", embeddings, parameters, [*base, *after])
     paths = [out / f"probe-{fold}.safetensors" for fold in range(FOLDS)]
-    if not all(path.is_file() for path in paths):  # another part may have trained it
+    if not all(path.is_file() for path in [*paths, out / CALIBRATION]):  # another part may have trained it
         rng = np.random.default_rng([seed, 8])
         sides = [np.flatnonzero(everything & ~kept), np.flatnonzero(kept)]
         drawn = [rng.choice(side, min(SAMPLED, len(side)), replace=False) for side in sides]
@@ -68,36 +61,21 @@ def reweight(
         rows = np.concatenate(drawn)
         trained = train(features_of(embeddings, rows, features), labels, hidden, seed, folds=rows % FOLDS)
         for path, probe in zip(paths, trained.without, strict=True):
-            save_probe(path, probe, embeddings.about.clip)
-    odds = float((everything & ~kept).sum() / kept.sum())
-    probes = [load_probe(path, embeddings.about.clip) for path in paths]
-    weights = [
-        _weights(embeddings, probes, features, most, odds, kept, number) for number in part.of(embeddings.about.shards)
-    ]
+            save_probe(path, probe._replace(features=features), embeddings.about.clip)
+        stand_for = [len(side) / len(rows) for side, rows in zip(sides, drawn, strict=True)]
+        counts = np.repeat(stand_for, [len(rows) for rows in drawn])
+        manifest.save_array(out / CALIBRATION, isotonic(trained.held_out, labels, counts))
+    calibration = np.load(out / CALIBRATION, allow_pickle=False)
+    scorers = [in_blocks(embeddings, load_probe(path, embeddings.about.clip).logits, features) for path in paths]
+    weights = []
+    for number in part.of(embeddings.about.shards):
+        # A row is judged by the probe that had not seen it, which would else know that this one was kept.
+        logits = np.stack([score(number) for score in scorers])
+        rows = number * embeddings.about.shard_rows + np.arange(logits.shape[1])
+        removed = shares(calibration, logits[rows % FOLDS, np.arange(len(rows))])
+        weights.append(np.where(kept[rows], 1 / np.maximum(1 - removed, 1 / most), 0).astype(np.float32))
     manifest.save_array(manifest.part_path(out, part, "npy"), np.concatenate([np.zeros(0, np.float32), *weights]))
     manifest.write_part(out, part, (), {"looked_at": sum(int((w > 0).sum()) for w in weights)})
-
-
-def _weights(
-    embeddings: Embeddings,
-    probes: Sequence[Probe],
-    features: Features,
-    most: float,
-    odds: float,
-    kept: np.ndarray,
-    number: int,
-) -> Float[np.ndarray, " n"]:
-    """Inverse probabilities of being kept of one shard's rows, 0 for those that are not kept."""
-    size = embeddings.about.shard_rows
-    rows = np.arange(number * size, min(len(embeddings), (number + 1) * size))
-    x = features_of(embeddings, rows, features)
-    filled = np.zeros((size, x.shape[1]), np.float32)
-    filled[: len(rows)] = x
-    # The probe saw both classes alike: its odds times those of the classes are the odds of being removed.
-    # A row is judged by the probe that had not seen it, which would else know that this one was kept.
-    logits = np.stack([probe.logits(filled)[: len(rows)] for probe in probes])[rows % FOLDS, np.arange(len(rows))]
-    ratio = np.minimum(most, 1 + odds * np.exp(np.minimum(logits, 50)))
-    return np.where(kept[rows], ratio, 0).astype(np.float32)
 
 
 def merge(embeddings: Embeddings, out: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Float
 
 from unclip_jax.curate import manifest
-from unclip_jax.curate.filters import cut_by, in_blocks
+from unclip_jax.curate.features import in_blocks
+from unclip_jax.curate.filters import cut_by
 from unclip_jax.curate.manifest import CurationError
 from unclip_jax.curate.probe import load_probe
 from unclip_jax.data.embeddings import Embeddings, Part, unit
@@ -32,8 +33,9 @@ def clip_scores(embeddings: Embeddings) -> Scores:
 
 
 def head_scores(embeddings: Embeddings, head: Path) -> Scores:
-    """What a probe or a linear head says of each picture of a shard."""
-    return in_blocks(embeddings, load_probe(head, embeddings.about.clip).logits)
+    """What a probe or a linear head says of each row of a shard."""
+    probe = load_probe(head, embeddings.about.clip)
+    return in_blocks(embeddings, probe.logits, probe.features)
 
 
 def cut_below(

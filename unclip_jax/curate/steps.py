@@ -37,7 +37,7 @@ def _opened(options: argparse.Namespace) -> tuple[Embeddings, Part]:
 def _filter(options: argparse.Namespace) -> None:
     embeddings, part = _opened(options)
     labels = read_labels(options.labels, embeddings)
-    settings = {"recall": options.recall, "hidden": options.hidden, "seed": options.seed}
+    settings = {name: vars(options)[name] for name in ("recall", "features", "hidden", "seed")}
     trained = filter_rows(embeddings, labels, options.out, **settings, after=options.after, part=part)
     if options.propose and part.index == 0:
         rows, logits = propose(embeddings, trained, labels, options.propose, options.after, options.seed)

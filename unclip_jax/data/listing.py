@@ -15,7 +15,7 @@ import numpy as np
 from unclip_jax.compile_cache import user_cache
 from unclip_jax.data.records import DataError
 
-VERSION = "1"
+VERSION = "2"
 BATCH_ROWS, BATCH_BYTES = 4096, 2**24  # of the file's pieces, one of which is in memory while it is written
 MOST_PROBLEMS = 10_000  # that are kept by name
 

@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from unclip_jax.data.texts import texts_of
 IMAGES = ("image", "file_name", "filename", "image_path", "path", "file", "jpg", "png")
 CAPTIONS = ("caption", "captions", "text", "texts", "TEXT", "prompt")
 KEYS = ("key", "__key__", "id")
+USUAL = {"image": IMAGES, "caption": CAPTIONS, "key": KEYS}
 COLUMNS = {"key": "text", "path": "text", "bytes": "bytes", "captions": "texts", "problem": "text"}
 MOST_LINE = 2**26  # bytes of one row of a CSV or JSONL file
 
@@ -24,7 +25,7 @@ class TableSource(ListedSource):
     """The rows of a table; keys are those of its key column, else the pictures' paths, else row numbers.
 
     place: a .csv, .tsv, .jsonl or .parquet file; paths in it start from its folder. columns: names of the columns
-    `image`, `caption` and `key`, where they are not the usual ones (IMAGES, CAPTIONS, KEYS).
+    `image`, `caption` and `key`, where they are not the USUAL ones.
     """
 
     def __init__(self, name: str, place: str, columns: Mapping[str, str], cache: Path | None = None) -> None:
@@ -46,10 +47,15 @@ class TableSource(ListedSource):
 
     def _rows(self, problems: list[str]) -> Iterator[Row]:
         seen: set[int] = set()
-        names: dict[str, str | None] | None = None
+        names, columns, own_columns = dict(self.columns), dict[str, None](), _rows_have_own_columns(self.path)
         for number, cells in enumerate(_cells(self.path, problems)):
-            names = names or self._names(list(cells))
-            image = cells.get(names["image"] or "")
+            if number == 0 or own_columns:
+                columns |= dict.fromkeys(cells)
+                usual = {part: next((name for name in some if name in columns), "") for part, some in USUAL.items()}
+                names = {part: name for part, name in usual.items() if name} | names
+            if number == 0 and not own_columns:
+                self._check(names, columns)
+            image = cells.get(names.get("image", ""))
             if isinstance(image, Mapping):  # as the hub stores pictures: {"bytes": ..., "path": ...}
                 image = image.get("bytes") or image.get("path")
             path = image if isinstance(image, str) else None
@@ -58,27 +64,31 @@ class TableSource(ListedSource):
                     f"the path in row {number} is not UTF-8, and the row is left out: save the file as UTF-8"
                 )
                 continue
-            own = cells.get(names["key"] or "")
+            own = cells.get(names.get("key", ""))
             key = _text(own) if own is not None else path or f"row {number}"
             if hash(key) in seen:
                 problems.append(f"row {number} has the key '{key}' of a row before it, and is left out")
                 continue
             seen.add(hash(key))
-            yield _row(key, path, image, cells.get(names["caption"] or ""))
+            yield _row(key, path, image, cells.get(names.get("caption", "")))
+        if own_columns and columns:
+            self._check(names, columns)
 
-    def _names(self, columns: Sequence[str]) -> dict[str, str | None]:
-        found: dict[str, str | None] = {}
-        for part, usual in (("image", IMAGES), ("caption", CAPTIONS), ("key", KEYS)):
-            chosen = self.columns.get(part)
-            if chosen is not None and chosen not in columns:
-                raise DataError(f"'{self.path}' has no column '{chosen}'; it has {', '.join(columns)}")
-            found[part] = chosen or next((name for name in usual if name in columns), None)
-            if found[part] is None and part == "image":
-                raise DataError(
-                    f"'{self.path}' has the columns {', '.join(columns)}: say which holds the pictures, as in "
-                    f"'{self.name}?image={columns[0] if columns else 'NAME'}&caption=NAME'"
-                )
-        return found
+    def _check(self, names: Mapping[str, str], columns: Collection[str]) -> None:
+        """DataError where the table has no column of pictures, or none of a name that was given."""
+        for name in names.values():
+            if name not in columns:
+                raise DataError(f"'{self.path}' has no column '{name}'; it has {', '.join(columns)}")
+        if "image" not in names:
+            raise DataError(
+                f"'{self.path}' has the columns {', '.join(columns)}: say which holds the pictures, as in "
+                f"'{self.name}?image={next(iter(columns), 'NAME')}&caption=NAME'"
+            )
+
+
+def _rows_have_own_columns(path: str) -> bool:
+    """Whether the first row does not tell which columns there are."""
+    return os.path.splitext(path)[1].lower() in (".jsonl", ".ndjson")
 
 
 def _row(key: str, path: str | None, image: Any, captions: Any) -> Row:

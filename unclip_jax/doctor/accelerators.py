@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
 from unclip_jax.doctor.findings import Finding, State, sentence
 from unclip_jax.doctor.machine import AGAIN, PLUGINS, install, release, version_of
 
 
 def devices() -> Iterator[Finding]:
     """What jax computes on, and accelerators that this machine has and jax does not see."""
+    import jax
+    import jax.numpy as jnp
+
     shown = accelerators()
     try:
         found = jax.local_devices()

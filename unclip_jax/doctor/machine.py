@@ -1,4 +1,4 @@
-"""Versions, memory, the cache of compiled programs, and disk."""
+"""Versions, memory, the cache of compiled programs, and disk. Where jax is broken, versions and disk still are told."""
 
 import os
 import platform
@@ -12,12 +12,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import jax
-
 import unclip_jax
-from unclip_jax import compile_cache
 from unclip_jax.doctor.findings import Finding, in_words
-from unclip_jax.offload import device_memory
 
 SHOWN = ("jax", "jaxlib", "flax", "numpy")  # versions that are said even where nothing is wrong
 LEAST_MEMORY, LEAST_DISK = 1.5 * 2**30, 0.5 * 2**30  # bytes: one picture of 1024 px, a cache and a few pictures
@@ -95,6 +91,10 @@ def install(extra: str) -> str:
 
 def memory() -> Iterator[Finding]:
     """Memory of the device and of the host."""
+    import jax
+
+    from unclip_jax.offload import device_memory
+
     total, free = _host_memory()
     if free is not None:
         low = free < LEAST_MEMORY
@@ -128,6 +128,10 @@ def _host_memory() -> tuple[int | None, int | None]:
 
 def cache() -> Iterator[Finding]:
     """Where compiled programs are kept between runs."""
+    import jax
+
+    from unclip_jax import compile_cache
+
     chosen = jax.config.values["jax_compilation_cache_dir"]
     folder = Path(
         chosen or Path(os.environ.get("UNCLIP_CACHE_DIR") or compile_cache.user_cache()) / compile_cache.machine()

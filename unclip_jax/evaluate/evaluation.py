@@ -1,6 +1,7 @@
 """`unclip eval`: how good a cascade is on a captioned source, at one setting or along a sweep, as one HTML report."""
 
 import json
+import re
 import shlex
 import sys
 from argparse import Namespace
@@ -8,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from PIL import Image
 
@@ -73,16 +73,17 @@ def eval_to_folder(options: Namespace) -> None:
     task = Task(metrics, options.out, options.seed, options.batch, options.budget)
     facts = {
         "command": command_line(options),
-        "cascade": f"{weights} ({cascade.digest})",
+        "cascade": f"{weights if options.weights else 'the shipped one'} ({cascade.digest})",
         "pictures": f"{len(pairs.captions)} of {pairs.size} px from {pairs.name}",
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
+    facts = {name: without_folders(fact) for name, fact in facts.items()}
     floor = _floor(cascade, ruler, options)
     own = setting_of(cascade, Options(size=settings[0]["size"], prior=options.prior))
     rows: list[Row] = []
     for row in run_sweep(cascade, ruler, task, settings):
         rows.append(row)
+    facts["device"] = ", ".join(dict.fromkeys(row.get("device", "one that is not noted") for row in rows))
     if not rows:
         raise ValueError("no setting was measured in the time of --budget: raise it")
     sheets, tables = _memorised(cascade, ruler, task, options, rows[0]) if "memorisation" in metrics else ({}, {})
@@ -128,7 +129,7 @@ def ruler_of(cascade: Cascade, pairs: Pairs, options: Namespace, metrics: tuple[
     else:
         seen = load_seen(options.statistics)
         check_comparable(seen, look(inception, pairs.pictures[:1], 1))
-    check_rank(seen.moments, "FID")
+    check_rank(seen.moments, f"'{options.statistics}'" if options.statistics else "FID")
     if len(pairs.captions) <= inception.dim:
         print(
             f"unclip: warning: an FID of {len(pairs.captions)} pictures is biased upwards: compare it with others of as"
@@ -151,6 +152,11 @@ def command_line(options: Namespace) -> str:
     return shlex.join(words)
 
 
+def without_folders(text: str) -> str:
+    """A text whose absolute paths are their last parts alone: where somebody keeps a file is nobody's business."""
+    return re.sub(r"(?<![\w.~/])(?:~|[A-Za-z]:)?[\\/](?:[^\\/\s,'\"]+[\\/])*(?=[^\\/\s,'\"])", "", text)
+
+
 def write_report(
     measured: Measured, folder: Path, sheets: Mapping[str, np.ndarray], tables: Mapping[str, Figures]
 ) -> Advice | None:
@@ -162,8 +168,19 @@ def write_report(
     strips = {row["key"]: _strip(folder, row) for row in rows if row in shown}
     strips["real"] = ruler.pairs.pictures[: len(next(iter(strips.values())))]
     title = "How good is it?" if len(rows) == 1 else f"{len(rows)} settings, measured"
+    captions = ruler.pairs.captions[: len(strips["real"])]
     text = html.page(
-        title, facts, rows, own, floor=floor, advice=advice, plots=drawn, strips=strips, sheets=sheets, tables=tables
+        title,
+        facts,
+        rows,
+        own,
+        floor=floor,
+        advice=advice,
+        plots=drawn,
+        captions=captions,
+        strips=strips,
+        sheets=sheets,
+        tables=tables,
     )
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -172,8 +189,9 @@ def write_report(
         said |= {"recommended": advice.row["setting"], "supported": advice.supported, "says": advice.sentences}
     with replacing(folder / "report.json") as temporary:
         temporary.write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    for name, plot in drawn.items():
-        _file(folder / "plots", name).write_bytes(plot)
+    for title, panels in drawn.items():
+        for name, panel in panels.items():
+            _file(folder / "plots", f"{title} {name}").write_bytes(panel)
     for name, sheet in sheets.items():
         Image.fromarray(sheet).save(_file(folder / "sheets", name), "PNG")
     if len(rows) > 1 and not drawn:

@@ -43,9 +43,19 @@ def memorisation_report(
     count: int,
     batch: int = 64,
 ) -> Report:
-    """The nearest of the first `count` training pictures of a source, of samples and of the held-out pictures."""
-    trained = read_pairs(cascade, training, count, ruler.pairs.size)
+    """The nearest of the first `count` training pictures of a source, of samples and of the held-out pictures.
+
+    Larger pictures are compared at the decoder's side, at which training pictures are kept: so many would fill memory.
+    """
+    side, size, real, known = cascade.sizes[0], ruler.pairs.size, ruler.pairs.pictures, ruler.real.features
+    if side < size and size % side == 0:
+        pictures, real = reduced(pictures, side), reduced(real, side)
+        features = look(ruler.clip, pictures, batch, "samples").features
+        known = look(ruler.clip, real, batch, "real pictures").features
+    else:
+        side = size
+    trained = read_pairs(cascade, training, count, side)
     those = look(ruler.clip, trained.pictures, batch, "training pictures").features
     keys = trained.pictures[: len(those)]
-    real = nearest(ruler.pairs.pictures[: len(ruler.real.features)], ruler.real.features, keys, those)
-    return copy_report(pictures, nearest(pictures[: len(features)], features, keys, those), real, keys)
+    held_out = nearest(real[: len(known)], known, keys, those)
+    return copy_report(pictures, nearest(pictures[: len(features)], features, keys, those), held_out, keys)

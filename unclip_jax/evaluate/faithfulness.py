@@ -14,7 +14,7 @@ from unclip_jax.data.emoji import UNIT, Renderer, Scene, Scenes
 from unclip_jax.data.vocabulary import Concept, concepts
 from unclip_jax.evaluate.report import Figures, Report
 from unclip_jax.evaluate.retrieval import embed_pictures
-from unclip_jax.evaluate.scenes import score, summary
+from unclip_jax.evaluate.scenes import SceneScores, score, summary
 from unclip_jax.generate import check, decode_embeddings, encode_prompts, finish, generate
 from unclip_jax.inputs import RECOMMENDED, Options, picture_keys
 from unclip_jax.stages import to_pixels
@@ -58,18 +58,27 @@ class Judge(NamedTuple):
 
     def figures(self, pictures: UInt8[np.ndarray, "b h w 3"], scenes: Sequence[Scene], name: str) -> Figures:
         """Rows `name, identity`, `name, relation` and `name, background`, with 95% intervals and chance levels."""
-        figures = self._rows(pictures, scenes, name)
-        if self.shuffle:
-            figures |= self._rows(pictures, [*scenes[1:], scenes[0]], f"{name}, shuffled captions")
-        return figures
+        return rates(self.score(pictures, scenes), name) | self.chance(pictures, scenes, name)
 
-    def _rows(self, pictures: UInt8[np.ndarray, "b h w 3"], scenes: Sequence[Scene], name: str) -> Figures:
-        found = summary(score(pictures, scenes, self.renderer, self.concepts))
-        return {
-            f"{name}, {thing}": {"right": found[thing]} | {column: found[f"{thing} {column}"] for column in COLUMNS}
-            for thing in THINGS
-            if thing in found
-        }
+    def score(self, pictures: UInt8[np.ndarray, "b h w 3"], scenes: Sequence[Scene]) -> SceneScores:
+        """What each picture got right of its scene."""
+        return score(pictures, scenes, self.renderer, self.concepts)
+
+    def chance(self, pictures: UInt8[np.ndarray, "b h w 3"], scenes: Sequence[Scene], name: str) -> Figures:
+        """The rows against the next picture's scene; {} without `shuffle`."""
+        if not self.shuffle:
+            return {}
+        return rates(self.score(pictures, [*scenes[1:], scenes[0]]), f"{name}, shuffled captions")
+
+
+def rates(scores: SceneScores, name: str) -> Figures:
+    """A row for each thing that scenes ask for."""
+    found = summary(scores)
+    return {
+        f"{name}, {thing}": {"right": found[thing]} | {column: found[f"{thing} {column}"] for column in COLUMNS}
+        for thing in THINGS
+        if thing in found
+    }
 
 
 def judge_of(cascade: Cascade, shuffle: bool = False) -> Judge:

@@ -143,6 +143,11 @@ def load_seen(path: Path) -> Seen:
 
 def check_comparable(real: Seen, drawn: Seen) -> None:
     """ValueError where two sets were seen by different networks, or at different sizes."""
+    dims = len(real.moments.mean), len(drawn.moments.mean)
+    if dims[0] != dims[1]:
+        raise ValueError(
+            f"statistics of {dims[0]} features cannot be compared with those of {dims[1]}: make them again"
+        )
     if real.eye and real.eye != drawn.eye:
         raise ValueError(f"statistics of {real.eye} cannot be compared with features of {drawn.eye}: make them again")
     if real.size and real.size != drawn.size:

@@ -67,7 +67,9 @@ def read_pairs(cascade: Cascade, spec: str, count: int, size: int, first: int = 
             if len(pictures) == count:
                 break
     if not pictures:
-        raise ValueError(f"'{spec}' holds no {'further ' if first else ''}picture with a caption: there is nothing")
+        raise ValueError(
+            f"'{spec}' holds no {'further ' if first else ''}picture with a caption: there is nothing to measure"
+        )
     digest = digest_of(source.digest, first, count, size)
     return Pairs(spec, digest, tuple(captions), np.stack(pictures))
 

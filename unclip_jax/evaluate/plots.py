@@ -10,13 +10,14 @@ from unclip_jax.evaluate.sweep import BOUND, Row, describe, varied
 
 SHOWN = ("faithfulness", "CLIP score", "CMMD", "FD", "FID", "diversity", "precision", "recall")
 LINES = 6  # in one plot
+DPI = 160
 COLOURS = ("#0b5fa5", "#d1495b", "#2a9d8f", "#e9a03b", "#6a4c93", "#7f7f7f")
 PAIRS = (("CMMD", "CLIP score"), ("diversity", "CLIP score"), ("diversity", "faithfulness"))
 FIXED = ("faithfulness", "CLIP score")  # shown though no setting changes it
 
 
-def plots_of(rows: Sequence[Row], own: Setting, floor: Mapping[str, float]) -> dict[str, bytes]:
-    """PNG files by title; {} where matplotlib is not installed.
+def plots_of(rows: Sequence[Row], own: Setting, floor: Mapping[str, float]) -> dict[str, dict[str, bytes]]:
+    """PNG files by title and panel, of DPI pixels per inch; {} where matplotlib is not installed.
 
     own: the cascade's recommended setting, ringed. floor: what real pictures score, dashed.
     """
@@ -33,14 +34,14 @@ def plots_of(rows: Sequence[Row], own: Setting, floor: Mapping[str, float]) -> d
         for second in names[number + 1 :]:
             if grid := _grid(rows, first, second):
                 found[f"{_title(first)} and {second.replace('_', ' ')}"] = _map(grid, first, second)
-    if len(rows) > 2:
-        found["What one thing costs in another"] = _trade(rows, own)
-    return {title: _png(figure) for title, figure in found.items()}
+    if len(rows) > 2 and (panels := _trade(rows, own)):
+        found["What one thing costs in another"] = panels
+    return {title: {name: _png(panel) for name, panel in panels.items()} for title, panels in found.items()}
 
 
 def _png(figure: Any) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, dpi=110, format="png")
+    figure.savefig(file, dpi=DPI, format="png")
     return file.getvalue()
 
 
@@ -60,58 +61,77 @@ def _title(name: str) -> str:
 
 
 def _lines(rows: Sequence[Row], axis: str) -> dict[str, list[Row]]:
-    """Rows that differ in one axis alone, named by what the line has in common; the first row's line first, then by
+    """Rows that differ in one axis alone, named by what tells their lines apart; the first row's line first, then by
     length."""
     aside, names = {axis, *(BOUND if axis == "prior" else ())}, varied(rows)
-    groups: dict[str, list[Row]] = {}
+    groups: dict[tuple[tuple[str, Any], ...], list[Row]] = {}
     for row in rows:
         if axis in row["setting"]:
-            common = {name: row["setting"][name] for name in names if name in row["setting"] and name not in aside}
-            groups.setdefault(describe(common), []).append(row)
-    long = {name: group for name, group in groups.items() if len(group) > 1}
-    order = sorted(long, key=lambda name: (rows[0] not in long[name], -len(long[name])))[:LINES]
-    return {name: sorted(long[name], key=lambda row: row["setting"][axis]) for name in order}
+            held = ((name, row["setting"].get(name)) for name in names if name not in aside)
+            groups.setdefault(tuple(held), []).append(row)
+    long = {common: group for common, group in groups.items() if len(group) > 1}
+    chosen = sorted(long, key=lambda common: (rows[0] not in long[common], -len(long[common])))[:LINES]
+    differ = [len(set(values)) > 1 for values in zip(*chosen, strict=True)]
+
+    def label(common: tuple[tuple[str, Any], ...]) -> str:
+        told = (pair for pair, differs in zip(common, differ, strict=True) if differs)
+        return describe({name: value for name, value in told if value is not None})
+
+    return {label(common): sorted(long[common], key=lambda row: row["setting"][axis]) for common in chosen}
 
 
-def _panels(count: int, wide: float = 3.4, high: float = 2.9) -> tuple[Any, list[Any]]:
+def _panel(title: str = "", wide: float = 3.8, high: float = 2.8) -> tuple[Any, Any]:
+    """A figure and its axes, inches wide and high."""
     from matplotlib.figure import Figure
 
-    columns = min(count, 4)
-    lines = -(-count // columns)
-    figure = Figure(figsize=(wide * columns, high * lines + 0.5), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).ravel().tolist()
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.tick_params(labelsize=8)
-    for axes in panels[count:]:
-        axes.remove()
-    return figure, panels[:count]
+    figure = Figure(figsize=(wide, high), layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.tick_params(labelsize=8)
+    axes.set_title(title, fontsize=10)
+    return figure, axes
 
 
-def _along(lines: Mapping[str, Sequence[Row]], axis: str, own: Setting, floor: Mapping[str, float]) -> Any:
-    names = _names([row for group in lines.values() for row in group])
-    figure, panels = _panels(len(names))
-    for axes, name in zip(panels, names, strict=True):
-        for colour, (label, group) in zip(COLOURS, lines.items(), strict=False):
+def _along(lines: Mapping[str, Sequence[Row]], axis: str, own: Setting, floor: Mapping[str, float]) -> dict[str, Any]:
+    """A panel for each metric, and one that names the lines."""
+    found = {"lines": _legend(list(lines))} if len(lines) > 1 else {}
+    for name in _names([row for group in lines.values() for row in group]):
+        found[name], axes = _panel(name)
+        for colour, group in zip(COLOURS, lines.values(), strict=False):
             held = [row for row in group if name in row["figures"]]
-            x = [row["setting"][axis] for row in held]
-            y = [row["figures"][name] for row in held]
-            error = [1.96 * row["errors"].get(name, 0.0) for row in held]
-            joined = "-" if not x or not isinstance(x[0], str) else ""
-            axes.errorbar(
-                x, y, error, fmt=f"o{joined}", ms=4, lw=1.3, capsize=2, elinewidth=0.8, color=colour, label=label
-            )
+            _line(axes, held, axis, name, colour)
             axes.plot(*_ring(held, axis, own, name), "o", ms=10, mfc="none", mec="black", mew=1)
         if name == "CLIP score" and name in floor:
             axes.axhline(floor[name], color="0.4", lw=0.9, ls="--")
         _scale(axes, [row["setting"][axis] for group in lines.values() for row in group])
-        axes.set_title(name, fontsize=9)
-        axes.set_xlabel(axis.replace("_", " "), fontsize=8)
-    if len(lines) > 1:
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, fontsize=7, frameon=False, loc="outside lower center", ncols=2)
+        axes.set_xlabel(axis.replace("_", " "), fontsize=9)
+    return found
+
+
+def _legend(names: Sequence[str]) -> Any:
+    """What the lines' colours say."""
+    columns = 3 if max(map(len, names)) < 12 else 1
+    figure, axes = _panel(high=0.25 * -(-len(names) // columns) + 0.15)
+    axes.set_axis_off()
+    handles = [
+        axes.plot([], [], "o-", ms=4, lw=1.4, color=colour)[0] for colour, _ in zip(COLOURS, names, strict=False)
+    ]
+    figure.legend(handles, names, fontsize=9, frameon=False, loc="center left", ncols=columns, columnspacing=1)
     return figure
+
+
+def _line(axes: Any, rows: Sequence[Row], axis: str, name: str, colour: str) -> None:
+    """One metric along an axis: a band of its noise, or bars where the axis has no numbers."""
+    x = [row["setting"][axis] for row in rows]
+    y = [row["figures"][name] for row in rows]
+    error = [1.96 * row["errors"].get(name, 0.0) for row in rows]
+    if x and isinstance(x[0], str):
+        axes.errorbar(x, y, error, fmt="o", ms=4, capsize=2, elinewidth=0.8, color=colour)
+        return
+    axes.plot(x, y, "o-", ms=4, lw=1.4, color=colour)
+    low, high = ([value + sign * e for value, e in zip(y, error, strict=True)] for sign in (-1, 1))
+    axes.fill_between(x, low, high, color=colour, alpha=0.07, linewidth=0)
 
 
 def _ring(rows: Sequence[Row], axis: str, own: Setting, name: str) -> tuple[list[Any], list[float]]:
@@ -145,14 +165,15 @@ def _grid(rows: Sequence[Row], first: str, second: str) -> dict[tuple[Any, Any],
     return grid if crossed and None not in {value for pair in grid for value in pair} else {}
 
 
-def _map(grid: Mapping[tuple[Any, Any], Row], first: str, second: str) -> Any:
-    names = _names(list(grid.values()))
+def _map(grid: Mapping[tuple[Any, Any], Row], first: str, second: str) -> dict[str, Any]:
+    """A panel for each metric: bright is better."""
     xs, ys = sorted({x for x, _ in grid}), sorted({y for _, y in grid})
-    figure, panels = _panels(len(names), 0.9 + 0.46 * max(len(ys), 5), 0.8 + 0.32 * max(len(xs), 5))
-    for axes, name in zip(panels, names, strict=True):
+    found = {}
+    for name in _names(list(grid.values())):
+        found[name], axes = _panel(name, 0.8 + 0.5 * max(len(ys), 4), 0.8 + 0.32 * max(len(xs), 4))
         values = [[grid[x, y]["figures"][name] if (x, y) in grid else float("nan") for y in ys] for x in xs]
         axes.grid(visible=False)
-        worse = ABOUT[name][0] == "down"  # bright is better
+        worse = ABOUT[name][0] == "down"
         axes.imshow(values, aspect="auto", origin="lower", cmap="viridis_r" if worse else "viridis")
         known = [value for line in values for value in line if value == value]
         middle = (min(known) + max(known)) / 2
@@ -160,34 +181,36 @@ def _map(grid: Mapping[tuple[Any, Any], Row], first: str, second: str) -> Any:
             for column, value in enumerate(line):
                 if value == value:
                     colour = "white" if (value > middle if worse else value <= middle) else "black"
-                    axes.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=6.5, color=colour)
+                    axes.text(column, row, f"{value:.3f}", ha="center", va="center", fontsize=8, color=colour)
         axes.set_xticks(range(len(ys)), [f"{value:g}" for value in ys])
         axes.set_yticks(range(len(xs)), [f"{value:g}" for value in xs])
-        axes.set(title=name)
-        axes.title.set_fontsize(9)
-        axes.set_xlabel(second.replace("_", " "), fontsize=8)
-        axes.set_ylabel(first.replace("_", " "), fontsize=8)
-    return figure
+        axes.set_xlabel(second.replace("_", " "), fontsize=9)
+        axes.set_ylabel(first.replace("_", " "), fontsize=9)
+    return found
 
 
-def _trade(rows: Sequence[Row], own: Setting) -> Any:
+def _trade(rows: Sequence[Row], own: Setting) -> dict[str, Any]:
     """Every setting as a point, coloured by guidance, its size by steps."""
     from matplotlib.ticker import MaxNLocator
 
-    pairs = [pair for pair in PAIRS if all(name in row["figures"] for name in pair for row in rows)]
-    figure, panels = _panels(max(len(pairs), 1), 4.2, 3.4)
-    for axes, (x, y) in zip(panels, pairs, strict=False):
+    found = {}
+    for x, y in PAIRS:
+        if not all(name in row["figures"] for name in (x, y) for row in rows):
+            continue
+        figure, axes = found[f"{x} and {y}"], _ = _panel(wide=4.4, high=3.3)
         points = axes.scatter(
             [row["figures"][x] for row in rows],
             [row["figures"][y] for row in rows],
             c=[row["setting"]["guidance"] for row in rows],
             s=[8 + 12 * row["setting"]["steps"] ** 0.5 for row in rows],
-            cmap="plasma", alpha=0.75, linewidths=0,
+            cmap="plasma", alpha=0.75, linewidths=0.4, edgecolors="0.4",
         )  # fmt: skip
         at = [row for row in rows if row["setting"] == own]
         axes.plot([r["figures"][x] for r in at], [r["figures"][y] for r in at], "o", ms=12, mfc="none", mec="black")
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlabel(x, fontsize=8)
-        axes.set_ylabel(y, fontsize=8)
-        figure.colorbar(points, ax=axes).set_label("guidance", fontsize=8)
-    return figure
+        axes.set_xlabel(x, fontsize=9)
+        axes.set_ylabel(y, fontsize=9)
+        bar = figure.colorbar(points, ax=axes)
+        bar.set_label("guidance", fontsize=9)
+        bar.ax.tick_params(labelsize=8)
+    return found

@@ -43,6 +43,10 @@ ABOUT: dict[str, tuple[Literal["up", "down", ""], str]] = {
     "reconstruction, PSNR": ("up", "dB, of pictures inverted and drawn again"),
     "reconstruction, SSIM": ("up", "of the same"),
     "reconstruction, distance": ("down", "of the same, in CLIP's inner features (like LPIPS, without its weights)"),
+    "median levels": ("", "root mean square difference to the nearest training picture, of 255 levels"),
+    "median cosine": ("", "to the nearest training picture, to CLIP"),
+    "copies": ("down", "share within 8 levels of a training picture"),
+    "close to CLIP": ("down", "share nearer to a training picture, to CLIP, than 95% of the held-out pictures are"),
 }
 
 
@@ -183,7 +187,7 @@ def check_rank(moments: Moments, what: str) -> None:
     if moments.count <= len(moments.mean):
         raise ValueError(
             f"{what} needs more than {len(moments.mean)} pictures for the covariance of its features, not "
-            f"{moments.count}: raise --n, or choose the metric cmmd, which needs no covariance"
+            f"{moments.count}: take more, or choose the metric cmmd, which needs no covariance"
         )
 
 

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
 from unclip_jax.cascade import Cascade
 from unclip_jax.data.emoji import Scene
-from unclip_jax.evaluate.faithfulness import BATCH, Faithfulness, Judge, held_out, judge_of, sheet_rows
+from unclip_jax.evaluate.faithfulness import BATCH, Faithfulness, Judge, held_out, judge_of, rates, sheet_rows
 from unclip_jax.evaluate.report import Figures, Report
-from unclip_jax.evaluate.scenes import score
+from unclip_jax.evaluate.scenes import SceneScores
 from unclip_jax.generate import check, draw_candidates
 from unclip_jax.rank import best_of
 
@@ -31,18 +31,28 @@ def ranking_curve(
     scenes.
     """
     figures: Figures = {}
-    parts = [score(pictures[:, i], scenes, judge.renderer, judge.concepts) for i in range(scores.shape[1])]
+    parts = [judge.score(pictures[:, i], scenes) for i in range(scores.shape[1])]
     asked = parts[0].asked.sum(axis=1)
     found = np.stack([part.identity.sum(axis=1) / asked for part in parts], axis=1)
     rows, count = np.arange(len(scenes)), 1
     while count <= scores.shape[1]:
         place = best_of(scores, count)
-        figures |= judge.figures(pictures[rows, place], scenes, f"best of {count}")
+        figures |= rates(_chosen(parts, place), f"best of {count}")
+        figures |= judge.chance(pictures[rows, place], scenes, f"best of {count}")
         figures[f"best of {count}, CLIP"] = {"cosine": float(scores[rows, place].mean())}
         if count > 1:
             figures[f"best of {count}, gain"] = _gain(found, scores, count)
         count *= 2
     return figures
+
+
+def _chosen(parts: Sequence[SceneScores], place: Int[np.ndarray, " b"]) -> SceneScores:
+    """The scores of candidate place[i] of every scene i."""
+    rows = np.arange(len(place))
+    identity, asked, relation, background = (
+        np.stack(field)[place, rows] for field in list(zip(*parts, strict=True))[:4]
+    )
+    return SceneScores(identity, asked, relation, background, parts[0].concepts)
 
 
 def _gain(found: Float[np.ndarray, "b n"], scores: Float[np.ndarray, "b n"], count: int) -> dict[str, float]:

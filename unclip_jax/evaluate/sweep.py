@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
+import jax
 import jax.monitoring
 import numpy as np
 from tqdm import tqdm
@@ -187,6 +188,7 @@ def _measured(
         "errors": {name: round(value, 6) for name, value in found.errors.items()},
         "seconds": round(seconds, 3) if drawn.fresh else None,
         "compiled": compiled,
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
     return row, time.perf_counter() - begin
 
@@ -241,6 +243,6 @@ class _Compiling:
         """Listens no longer."""
         self._open = False
 
-    def _note(self, event: str, duration_secs: float, **_: Any) -> None:
+    def _note(self, event: str, duration_secs: float | int, **_: Any) -> None:
         if self._open and "backend_compile" in event and duration_secs > NOTICED:
             self.happened = True

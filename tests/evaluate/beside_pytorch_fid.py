@@ -59,6 +59,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=32, help="in each set")
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--halves", type=int, default=1024, help="pictures in each half whose distance is to be small")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     import pytorch_fid.inception
@@ -105,6 +106,10 @@ def main():
         "rises with": {kind: columns["FID"] for kind, columns in rises(figures).items()},
         "versions": versions() | {name: version(name) for name in ("torch", "torchvision", "pytorch-fid")},
     }
+    # A distance of n pictures to as many others falls as 1 / n.
+    many = np.stack([renderer.render(scenes[i]) for i in range(2 * options.halves)])
+    halves = [look(eye, part, options.batch, "a half").moments for part in np.split(many, 2)]
+    content[f"FID of two halves of {options.halves}"] = frechet(*halves)
     text = json.dumps(content, indent=1)
     print(text)
     if options.out:

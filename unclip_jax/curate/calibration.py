@@ -16,17 +16,14 @@ def isotonic(
 
     Row 0 holds the score at which each step begins, the first at minus infinity, and row 1 its share.
     """
+    from scipy.optimize import isotonic_regression
+
     values, places = np.unique(scores, return_inverse=True)
-    found = np.bincount(places, weights * positive), np.bincount(places, weights)
-    steps: list[tuple[float, float, int]] = []  # positives, all, and the first value of each
-    for first, (positives, total) in enumerate(zip(*found, strict=True)):
-        steps.append((positives, total, first))
-        while len(steps) > 1 and steps[-2][0] * steps[-1][1] >= steps[-1][0] * steps[-2][1]:
-            (p, t, _), (q, u, start) = steps.pop(), steps.pop()
-            steps.append((p + q, t + u, start))
-    firsts = np.asarray([first for *_, first in steps[1:]], int)
+    total = np.bincount(places, weights)
+    found = isotonic_regression(np.bincount(places, weights * positive) / total, weights=total)
+    firsts = found.blocks[1:-1]
     begins = np.concatenate([[-np.inf], (values[firsts - 1].astype(np.float64) + values[firsts]) / 2])
-    return np.stack([begins, [positives / total for positives, total, _ in steps]])
+    return np.stack([begins, found.x[found.blocks[:-1]]])
 
 
 def shares(steps: Float[np.ndarray, "2 s"], scores: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

@@ -32,7 +32,7 @@ from unclip_jax.plan.slices import GENERATIONS, Slice
 from unclip_jax.plan.worker import TPU_ENVIRONMENT
 
 TABLE = Path(__file__).with_name("efficiencies.json")
-PIXELS = 16 * 64 * 64  # per chip, of a residual block: a batch of 16 at 64 px
+PIXELS = 16 * 64 * 64  # per chip, of a residual block: a batch of 16 at 64 px, and of 8 above
 TOKENS = 8 * 1024  # per chip, of a transformer's or an attention block
 
 
@@ -83,7 +83,7 @@ def build_block(block: Block, config: TrainConfig) -> tuple[Any, tuple[Any, ...]
     norm: dict[str, Any] = {"groups": unet.groups, "epsilon": unet.norm_epsilon, "dtype": "bfloat16"}
     match block.kind:
         case "convolutions":
-            rows = max(1, PIXELS // side**2 if side >= 32 else 64)
+            rows = max(8, PIXELS // side**2 if side >= 32 else 64)
             module: Any = ResBlock(width, scale_shift=unet.scale_shift, **norm)
             inputs = (shape(rows, side, side, width), shape(rows, unet.embedding_dim))
         case "attention":

@@ -90,7 +90,7 @@ def _conv(eqn: Any) -> float:
     numbers, given = eqn.params["dimension_numbers"], eqn.params
     (picture, kernel), out = (variable.aval.shape for variable in eqn.invars), eqn.outvars[0].aval.shape
     met = math.prod(
-        taps(out[o], kernel[k], picture[i], stride, low, spread, dilation)
+        taps(out[o], kernel[k], picture[i], stride, int(low), spread, dilation)
         for i, k, o, stride, (low, _), spread, dilation in zip(
             *(spec[2:] for spec in numbers),
             given["window_strides"], given["padding"], given["lhs_dilation"], given["rhs_dilation"],

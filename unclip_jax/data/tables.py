@@ -49,7 +49,7 @@ class TableSource(ListedSource):
         seen: set[int] = set()
         names, columns, own_columns = dict(self.columns), dict[str, None](), _rows_have_own_columns(self.path)
         for number, cells in enumerate(_cells(self.path, problems)):
-            if number == 0 or own_columns:
+            if number == 0 or own_columns and not cells.keys() <= columns.keys():
                 columns |= dict.fromkeys(cells)
                 usual = {part: next((name for name in some if name in columns), "") for part, some in USUAL.items()}
                 names = {part: name for part, name in usual.items() if name} | names

@@ -1,7 +1,5 @@
 """Pictures of captions in batches of any size, kept in a work folder, so that an interrupted evaluation goes on."""
 
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +11,7 @@ from jaxtyping import Float, UInt8
 from unclip_jax.cascade import Cascade
 from unclip_jax.checkpoint.writing import replacing
 from unclip_jax.data.listing import digest_of
+from unclip_jax.evaluate.features import UNREADABLE
 from unclip_jax.generate import check, decode_embeddings, encode_prompts, finish, generate
 from unclip_jax.inputs import Options
 from unclip_jax.priors import prior_embeddings
@@ -112,5 +111,5 @@ def _kept(path: Path) -> tuple[UInt8[np.ndarray, "n h w 3"], Float[np.ndarray, "
     try:
         with np.load(path, allow_pickle=False) as file:
             return file["pictures"], file["embeddings"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+    except UNREADABLE:
         return None

@@ -29,6 +29,8 @@ from unclip_jax.sharding import batch_ways, put_batch, replicated
 
 MOST = 10_000  # features that are kept one by one, for distances of all pairs
 VERSION = 1
+# What reading an .npz raises that is torn, or none.
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class Eye(NamedTuple):
@@ -134,7 +136,7 @@ def load_seen(path: Path) -> Seen:
         count = int(found.get("count", 2**31))
         features = found.get("features", np.zeros((0, len(mean)), np.float32))
         eye, size = str(found.get("eye", "")), int(found.get("size", 0))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         raise ValueError(f"'{path}' holds no statistics of pictures, an .npz of mu and sigma: {error}") from None
     if mean.ndim != 1 or sigma.shape != (len(mean), len(mean)):
         raise ValueError(f"'{path}' holds a mean and a covariance of shapes {mean.shape} and {sigma.shape}")

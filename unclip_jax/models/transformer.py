@@ -1,20 +1,21 @@
 """Pre-norm transformer blocks: CLIP's towers, both priors and the decoder's text encoder are made of them."""
 
+import math
 import re
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Int
 
 from unclip_jax.config import TransformerConfig
-from unclip_jax.models.flash import attend_blocks, suits
+from unclip_jax.models.flash import MASKED, attend_blocks, suits
 from unclip_jax.models.precision import dtype_of, precision_of
 from unclip_jax.models.remat import remembering
 from unclip_jax.sharding import rows
 
-_MASKED = -1e9
 _FLASH_FROM = 256  # queries
 
 
@@ -23,20 +24,33 @@ def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Exact GELU, x Phi(x), by erf in float32: jax.nn.gelu's erfc takes TPUs twice as long."""
+    wide = x.astype(jnp.float32)
+    return (0.5 * wide * (1.0 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
+
+
 def attend(
     query: Float[Array, "b q h d"],
     key: Float[Array, "b k h d"],
     value: Float[Array, "b k h d"],
     mask: Bool[Array, "b #h #q k"] | None,
     precision: jax.lax.Precision | None,
+    causal: bool = False,
 ) -> Float[Array, "b q h d"]:
-    """Scaled dot-product attention, softmax in float32; where mask is false a key is invisible."""
-    if suits(query, mask):
-        return attend_blocks(query, key, value, mask)
+    """Scaled dot-product attention, softmax in float32; where mask is false a key is invisible.
+
+    causal: so is a key behind the query's own place, of which there are as many.
+    """
+    if suits(query, key, mask):
+        return attend_blocks(query, key, value, mask, causal)
     scale = query.shape[-1] ** -0.5
     logits = jnp.einsum("bqhd,bkhd->bhqk", query * scale, key, precision=precision).astype(jnp.float32)
+    if causal:
+        ordered = jnp.tril(jnp.ones(logits.shape[2:], bool))
+        mask = ordered if mask is None else mask & ordered
     if mask is not None:
-        logits = jnp.where(mask, logits, _MASKED)
+        logits = jnp.where(mask, logits, MASKED)
     weights = jax.nn.softmax(logits).astype(value.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value, precision=precision)
 
@@ -84,6 +98,30 @@ def empty_memory(config: TransformerConfig, batch: int, length: int) -> tuple[Me
     return (Memory(blank, blank),) * config.layers
 
 
+class Projection(nn.Module):
+    """nn.DenseGeneral over the last `axes` axes, computed as if heads and channels were one: TPUs like it."""
+
+    features: tuple[int, ...]
+    axes: int
+    dtype: jnp.dtype
+    precision: jax.lax.Precision | None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n ..."]) -> Float[Array, "b n ..."]:
+        """The product with `kernel` [*x.shape[-axes:], *features], and `bias` [*features]."""
+        lead, given = x.shape[: -self.axes], x.shape[-self.axes :]
+        flat = math.prod(given), math.prod(self.features)
+
+        def begin(key: Array, shape: tuple[int, ...]) -> Array:
+            return nn.initializers.lecun_normal()(key, flat).reshape(shape)
+
+        kernel = self.param("kernel", begin, (*given, *self.features))
+        bias = self.param("bias", nn.initializers.zeros, self.features)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = jnp.dot(x.reshape(*lead, flat[0]), kernel.reshape(flat), precision=self.precision) + bias.reshape(-1)
+        return y.reshape(*lead, *self.features)
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -101,7 +139,7 @@ class Block(nn.Module):
         """One block, and the keys and values that it attended to.
 
         mask: true where a query (axis 2) may see a key (axis 3). memory: earlier tokens' keys and values, among which
-        x's own are written from `place` on; None: x sees itself alone.
+        x's own are written from `place` on, of which mask says what comes later; None: x sees itself alone.
         """
         config = self.config
         dtype, precision = dtype_of(config.dtype), precision_of(config.dtype)
@@ -110,8 +148,8 @@ class Block(nn.Module):
         def norm(name: str) -> nn.LayerNorm:
             return nn.LayerNorm(epsilon=config.norm_epsilon, dtype=dtype, name=name)
 
-        def heads(name: str) -> nn.DenseGeneral:
-            return nn.DenseGeneral((config.heads, head_dim), dtype=dtype, precision=precision, name=name)
+        def heads(name: str) -> Projection:
+            return Projection((config.heads, head_dim), 1, dtype, precision, name=name)
 
         h = norm("norm_attention")(x)
         query, own = heads("query")(h), Memory(heads("key")(h), heads("value")(h))
@@ -121,14 +159,14 @@ class Block(nn.Module):
             memory = Memory(
                 *(jax.lax.dynamic_update_slice_in_dim(m, o, place, 1) for m, o in zip(memory, own, strict=True))
             )
-        h = attend(query, *memory, mask, precision)
-        h = nn.DenseGeneral(config.width, axis=(-2, -1), dtype=dtype, precision=precision, name="project")(h)
+        h = attend(query, *memory, mask, precision, causal=config.causal and memory is own)
+        h = Projection((config.width,), 2, dtype, precision, name="project")(h)
         x = x + nn.Dropout(config.dropout)(h, deterministic=deterministic)
 
         h = norm("norm_mlp")(x)
         hidden = int(config.width * config.mlp_ratio)
         h = nn.Dense(hidden, dtype=dtype, precision=precision, name="mlp_in")(h)
-        h = quick_gelu(h) if config.activation == "quick_gelu" else jax.nn.gelu(h, approximate=False)
+        h = quick_gelu(h) if config.activation == "quick_gelu" else gelu(h)
         h = nn.Dense(config.width, dtype=dtype, precision=precision, name="mlp_out")(h)
         return x + nn.Dropout(config.dropout)(h, deterministic=deterministic), memory
 
@@ -147,11 +185,8 @@ class Transformer(nn.Module):
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"] | None = None, deterministic: bool = True
     ) -> Float[Array, "b n d"]:
         """Blocks in turn; mask [b n] is false on keys that nobody may see, causality comes from the config."""
+        # Causal, with a padding mask, a row could see nothing at all only if its first token were padding.
         visible = None if mask is None else mask[:, None, None, :]
-        if self.config.causal:
-            causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))[None, None]
-            # With a padding mask a row could see nothing at all only if its first token were padding.
-            visible = jnp.broadcast_to(causal, (x.shape[0], *causal.shape[1:])) if visible is None else visible & causal
         x = x.astype(dtype_of(self.config.dtype))
 
         def call(block: Block, x: Array, visible: Array | None) -> Array:

@@ -27,6 +27,7 @@ from unclip_jax.config import (
 from unclip_jax.models.unet import level_widths
 from unclip_jax.overrides import available_configs, load_config
 from unclip_jax.plan.dump import cycles
+from unclip_jax.plan.kernels import asking, read_bundles
 from unclip_jax.plan.roofline import Block
 from unclip_jax.plan.slices import GENERATIONS, Slice
 from unclip_jax.plan.worker import TPU_ENVIRONMENT
@@ -95,7 +96,7 @@ def build_block(block: Block, config: TrainConfig) -> tuple[Any, tuple[Any, ...]
         case _:
             part = _transformer(network, width)
             module, rows = TransformerBlock(part), max(8, TOKENS // side)
-            inputs = (shape(rows, side, width), shape(1, 1, side, side, dtype=jnp.bool_))
+            inputs = (shape(rows, side, width), shape(rows, 1, 1, side, dtype=jnp.bool_))
     params = jax.eval_shape(module.init, jax.eval_shape(lambda: jax.random.key(0)), *inputs)
     params = jax.tree.map(lambda x: shape(*x.shape), params)
 
@@ -123,7 +124,10 @@ def _transformer(network: Any, width: int) -> TransformerConfig:
 
 
 def compile_block(block: Block, config: TrainConfig, generation: str, folder: Path) -> float:
-    """The share of one chip's peak at which a block runs, by the compiler's cycles; to be run in a child process."""
+    """The share of one chip's peak at which a block runs, by the compiler's cycles.
+
+    To be run in a child process, with `kernels.asking(folder)` in its environment.
+    """
     import jax
     from jax.experimental import topologies
 
@@ -141,7 +145,7 @@ def compile_block(block: Block, config: TrainConfig, generation: str, folder: Pa
         lowered = traced.lower(lowering_platforms=("tpu",))
     lowered.compile(compiler_options={"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
     with next(folder.glob("*after_codegen.txt")).open() as lines:
-        seconds = cycles(lines) / chip.clock
+        seconds = cycles(lines, read_bundles(folder)) / chip.clock
     return flops.count(traced.jaxpr).total / seconds / chip.peak
 
 
@@ -180,7 +184,8 @@ def _add(name: str, block: Block, generation: str) -> None:
             str(block),
             folder,
         ]
-        ended = subprocess.run(command, env={**os.environ, **TPU_ENVIRONMENT}, capture_output=True, text=True)
+        environment = {**os.environ, **TPU_ENVIRONMENT, "LIBTPU_INIT_ARGS": asking(Path(folder))}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True)
         if ended.returncode:
             print(f"{generation} {block}: {ended.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             return

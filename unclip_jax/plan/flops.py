@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from unclip_jax.models.flash import SCOPE
+
 
 class Work(NamedTuple):
     """FLOPs by the path of the module that asked for them.
@@ -45,15 +47,20 @@ def _add(work: Work, jaxpr: Jaxpr, times: float, outer: str, trips: int) -> None
         name = eqn.primitive.name
         if name in ("dot_general", "conv_general_dilated"):
             flops = times * (_dot(eqn) if name == "dot_general" else _conv(eqn))
-            # In a backward pass, what is neither transposed nor kept from before is computed again.
-            repeated = "rematted_computation" in path and "transpose(" not in path.rsplit("rematted_computation", 1)[1]
-            (work.again if repeated else work.model)[_module(path)] += flops
+            (work.again if _repeated(path) else work.model)[_module(path)] += flops
             continue
         match name:
             case "scan":
                 inner = times * eqn.params["length"]
             case "while":
                 inner = times * trips
+            case "pallas_call" if SCOPE in path:
+                # Attention: queries by keys, and by values; backwards two of each, and the first again.
+                flops = times * float(path.rsplit(SCOPE, 1)[1].split("/")[0].rstrip(")"))
+                back, module = len(eqn.outvars) > 1, _module(path)
+                (work.again if _repeated(path) and not back else work.model)[module] += flops * (4 if back else 2)
+                work.again[module] += flops * back
+                continue
             case "pallas_call":
                 inner = times * math.prod(eqn.params["grid_mapping"].grid)
             case "shard_map":
@@ -72,6 +79,11 @@ def _add(work: Work, jaxpr: Jaxpr, times: float, outer: str, trips: int) -> None
             for part in value if isinstance(value, tuple | list) else (value,):
                 if isinstance(part, ClosedJaxpr | Jaxpr):
                     _add(work, _open(part), inner, path, trips)
+
+
+def _repeated(path: str) -> bool:
+    """Whether it is computed again: in a backward pass what is neither transposed nor kept from before."""
+    return "rematted_computation" in path and "transpose(" not in path.rsplit("rematted_computation", 1)[1]
 
 
 def _module(path: str) -> str:

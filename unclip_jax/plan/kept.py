@@ -129,7 +129,7 @@ def recount(kept: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def markdown(kept: Sequence[dict[str, Any]]) -> str:
-    """Tables of training and of sampling plans; a star: its collectives were counted short, by about a half."""
+    """Tables of training and of sampling plans."""
     lines = []
     for what, unit in (("train", "days"), ("sample", "")):
         lines += [f"\n### {'Training' if what == 'train' else 'Sampling'}\n"]
@@ -144,10 +144,9 @@ def markdown(kept: Sequence[dict[str, Any]]) -> str:
             mesh = ",".join(f"{axis}={size}" for axis, size in r["mesh"].items() if size > 1) or "-"
             counted = r["model_flops"] + r["recomputed_flops"]
             off = f"{r['compiled_flops'] / counted - 1:+.1%}" if "compiled_flops" in r else "-"
-            short = "*" if r.get("short_collectives") else ""
             cells = [
-                r["config"], r["slice"] + short, mesh, r["batch"], r["remat"], f"{r['hbm_gib'] or 0:.2f}",
-                f"{r['limit_gib']:.2f}", "yes" if r["fits"] else "no", off, 
+                r["config"], r["slice"], mesh, r["batch"], r["remat"], f"{r['hbm_gib'] or 0:.2f}",
+                f"{r['limit_gib']:.2f}", "yes" if r["fits"] else "no", off,
                 f"{r['images_per_second']:,.4g}", f"{100 * r['share_of_peak']:.0f}%",
                 *([f"{r['days']:,.1f}"] if unit else []),
             ]  # fmt: skip

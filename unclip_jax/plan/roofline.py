@@ -8,6 +8,7 @@
 Sums, not a simulation: host, input, pipeline bubbles and the order of operations are left out. No TPU was asked.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,8 +27,8 @@ from unclip_jax.models.unet import level_widths
 from unclip_jax.plan.dump import Collective
 from unclip_jax.plan.slices import Slice
 
-# Of blocks that nobody compiled: what the compiler's cycles gave for typical ones; transformers' is a guess.
-ASSUMED = {"convolutions": 0.92, "transformers": 0.85, "attention": 0.18}
+# Where no block of a kind was compiled, as for GPUs: what the compiler's cycles give for typical ones on v5p.
+ASSUMED = {"convolutions": 0.85, "transformers": 0.65, "attention": 0.4}
 UPDATE = 2.25  # times the bytes of the state go between chip and HBM in an update
 SECONDS_PER_DAY = 86400.0
 
@@ -109,11 +110,27 @@ def by_block(flops: Mapping[str, float], config: TrainConfig, clip: ClipConfig |
 
 
 def efficiency(table: Mapping[str, float], block: Block) -> tuple[float, bool]:
-    """Share of the peak at which a block runs, and whether it is assumed: then less by what fills no lanes of 128."""
+    """Share of the peak at which a block runs, and whether it is assumed: to be that of the nearest compiled block.
+
+    The nearest in width and size on a logarithmic scale, where convolutions lose what fills no lanes of 128.
+    """
     if str(block) in table:
         return table[str(block)], False
+    alike = [Block(kind, int(width), int(size)) for kind, width, size in map(str.split, table) if kind == block.kind]
+    if not alike:
+        return ASSUMED[block.kind] * _filled(block), True
+
+    def distance(other: Block) -> float:
+        return sum(abs(math.log2(max(a, 1) / max(b, 1))) for a, b in zip(block[1:], other[1:], strict=True))
+
+    near = min(alike, key=distance)
+    return min(1.0, table[str(near)] / _filled(near) * _filled(block)), True
+
+
+def _filled(block: Block) -> float:
+    """The share of lanes that a block's channels fill."""
     lanes = 128 * -(-block.width // 128)
-    return ASSUMED[block.kind] * (block.width / lanes if block.kind == "convolutions" else 1.0), True
+    return block.width / lanes if block.kind == "convolutions" and lanes else 1.0
 
 
 def combine(

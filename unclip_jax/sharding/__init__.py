@@ -10,7 +10,6 @@ convolution  of pictures and kernels that are split
 from unclip_jax.sharding.batches import batch_sharding, batch_ways, check_batch_size, host_rows, put_batch
 from unclip_jax.sharding.convolution import convolution
 from unclip_jax.sharding.inside import (
-    BLOCK,
     as_state,
     check_height,
     on,
@@ -39,7 +38,6 @@ from unclip_jax.sharding.strategy import (
 
 __all__ = [
     "AXES",
-    "BLOCK",
     "GIANT",
     "NAMES",
     "RULES",

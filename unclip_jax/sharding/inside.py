@@ -19,8 +19,6 @@ from unclip_jax.sharding.batches import BATCH_AXES, batch_ways
 from unclip_jax.sharding.rules import shard_state
 from unclip_jax.sharding.strategy import AXES
 
-BLOCK = 256  # queries that attention's kernels take at once, of which a device has a multiple
-
 _MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
 _MAPPED: ContextVar[AbstractMesh | None] = ContextVar("mapped", default=None)  # while a mapped function is traced
 
@@ -118,20 +116,21 @@ def over_rows(function: Callable[..., Any], *, out: Any) -> Callable[..., Any]:
     return call
 
 
-def over_heads(function: Callable[..., Any]) -> Callable[..., Any]:
-    """An attention of query, key, value [b n h d] and visible [b k] mapped over rows, heads and rows of pixels.
+def over_heads(function: Callable[..., Any], heads: int, whole: bool) -> Callable[..., Any]:
+    """An attention of query, key, value [b n hd] and visible [b k] mapped over rows, heads and rows of pixels.
 
     Every device attends with its own queries and heads; an axis that the mesh does not divide stays whole.
+    whole: so do the queries, whose places tell what they may see.
     """
     mesh = current()
     if mesh is None:
         return function
 
     def call(query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array) -> jax.Array:
-        b, n, h, _ = query.shape
+        b, n, _ = query.shape
         row = BATCH_AXES if b % batch_ways(mesh) == 0 else None
-        head = "tensor" if h % mesh.shape["tensor"] == 0 else None
-        place = "spatial" if n % (BLOCK * mesh.shape["spatial"]) == 0 else None
+        head = "tensor" if heads % mesh.shape["tensor"] == 0 else None
+        place = "spatial" if n % mesh.shape["spatial"] == 0 and not whole else None
         asked, told = PartitionSpec(row, place, head), PartitionSpec(row, None, head)
         specs = (asked, told, told, PartitionSpec(row))
         return mapped(function, mesh, specs, asked)(query, key, value, visible)

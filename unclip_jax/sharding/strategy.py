@@ -119,14 +119,14 @@ def _nearest(asked: dict[str, int], devices: int) -> Strategy:
 def _most_fsdp(devices: int, torus: Sequence[int] | None) -> int:
     """The largest product of one or two sides of the torus up to MOST_FSDP; without a torus the largest divisor.
 
-    Half of it where it would be all of eight devices or more: without a data axis beside it the TPU compiler passes
+    Half of it where it would be all of 16 devices or more: without a data axis beside it the TPU compiler passes
     weights around in rings, and computes a fifth more.
     """
     if torus is None or math.prod(torus) != devices:
         return _largest_divisor(devices, MOST_FSDP)
     products = [*torus, *(a * b for a, b in itertools.combinations(torus, 2))]
     most = max([size for size in products if size <= MOST_FSDP], default=_largest_divisor(devices, MOST_FSDP))
-    return most // _least_factor(most) if most == devices >= 8 else most
+    return most // _least_factor(most) if most == devices >= 16 else most
 
 
 def _largest_divisor(number: int, most: int) -> int:

@@ -55,11 +55,12 @@ def _add(work: Work, jaxpr: Jaxpr, times: float, outer: str, trips: int) -> None
             case "while":
                 inner = times * trips
             case "pallas_call" if SCOPE in path:
-                # Attention: queries by keys, and by values; backwards two of each, and the first again.
+                # Attention: queries by keys, and by values; backwards two of each. That the kernel computes logits
+                # again is its own affair, and part of how fast it is.
                 flops = times * float(path.rsplit(SCOPE, 1)[1].split("/")[0].rstrip(")"))
-                back, module = len(eqn.outvars) > 1, _module(path)
-                (work.again if _repeated(path) and not back else work.model)[module] += flops * (4 if back else 2)
-                work.again[module] += flops * back
+                back = len(eqn.outvars) > 1
+                where = work.again if _repeated(path) and not back else work.model
+                where[_module(path)] += flops * (4 if back else 2)
                 continue
             case "pallas_call":
                 inner = times * math.prod(eqn.params["grid_mapping"].grid)

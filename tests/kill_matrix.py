@@ -49,6 +49,7 @@ from unclip_jax.types import Batch, Stage
 BATCH, WIDTH = 8, 128  # the square of the width is the least that is split over processes
 TIMEOUT = 30.0  # seconds until a silent host counts as gone, and that a busy machine may start them apart
 TIMED = ("images_per_second", "data_stall")  # metrics that no run repeats
+STARTING = 6.0  # seconds in which a start is struck
 SLOW = 0.03  # seconds that a batch takes, so that moments lie in steps
 CONFIG = TrainConfig(
     "killed",
@@ -157,21 +158,21 @@ def saving(folder: Path) -> bool:
 
 def kill(run: Run, moment: str, rng: random.Random) -> dict[str, Any]:
     """Kills one process or all at a moment, and waits until the others have ended."""
-    before, patience = len(lines(run.folder)), time.monotonic() + 120
-    steps = rng.randint(1, 5)
+    before, begun = len(lines(run.folder)), time.monotonic()
+    steps, early = rng.randint(1, 5), rng.uniform(0, STARTING)
 
     def reached() -> bool:
         match moment:
-            case "start":
-                return True
+            case "start":  # at the latest with the first step, however fast the machine
+                return time.monotonic() > begun + early or len(lines(run.folder)) > before
             case "step":
                 return len(lines(run.folder)) >= before + steps
             case _:
                 return len(lines(run.folder)) > before and saving(run.folder)
 
-    while not reached() and time.monotonic() < patience and working(run):
+    while not reached() and time.monotonic() < begun + 120 and working(run):
         time.sleep(0.002)
-    time.sleep(rng.uniform(0, {"start": 6.0, "step": 0.05}.get(moment, 0.03)))
+    time.sleep(rng.uniform(0, {"start": 0.0, "step": 0.05}.get(moment, 0.03)))
     victims = run.processes if rng.random() < 0.3 else [rng.choice(run.processes)]
     for process in victims:
         process.kill()
@@ -235,7 +236,7 @@ def terminated(folder: Path, processes: int, steps: int) -> dict[str, Any]:
 def matrix(folder: Path, processes: int, kills: int, moments: list[str], seed: int, terminate: bool) -> dict[str, Any]:
     """Runs it all, or what is left of it in a folder that was kept; the figures."""
     began = time.monotonic()
-    steps = max(3 * kills, 18)
+    steps = max(4 * kills, 18)
     if not (folder / "whole" / "state.npz").exists():
         codes = end(start(folder / "whole", processes, steps, 0.0))
         assert codes == [0] * processes, (folder / "whole" / "host0.log").read_text()[-3000:]
@@ -252,12 +253,14 @@ def matrix(folder: Path, processes: int, kills: int, moments: list[str], seed: i
     codes = end(start(broken, processes, steps, 0.0))
     logs = lines(folder / "whole"), lines(broken)
     samples = [(place / "samples" / f"{steps:07d}.png").read_bytes() for place in (folder / "whole", broken)]
+    struck = [all(event["codes"][victim] == -signal.SIGKILL for victim in event["killed"]) for event in events]
     others = [code for event in events for i, code in enumerate(event["codes"]) if i not in event["killed"]]
     return results | {
         "ended": codes,
         "same_metrics": logs[0] == logs[1] and [line["step"] for line in logs[1]] == list(range(1, steps + 1)),
         "same_samples": samples[0] == samples[1],
         "same_state": same_state(folder / "whole", broken),
+        "all_struck": all(struck),  # no process had come to its end before it was killed
         "survivors_ended_by_themselves": all(code not in (None, 0, -signal.SIGKILL) for code in others),
         "longest_end": max(  # of processes that had begun to train
             (event["seconds_until_all_ended"] for event in events if event["moment"] != "start"), default=0
@@ -289,7 +292,7 @@ def main() -> int:
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps({name: value for name, value in results.items() if name != "events"}))
-    checks = ("same_metrics", "same_samples", "same_state", "survivors_ended_by_themselves")
+    checks = ("same_metrics", "same_samples", "same_state", "all_struck", "survivors_ended_by_themselves")
     return 0 if all(results[check] for check in checks) and all(results["restored"].values()) else 1
 
 

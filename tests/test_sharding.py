@@ -14,10 +14,12 @@ from unclip_jax import sharding
 from unclip_jax.config import OptimConfig
 from unclip_jax.optim import optimizer
 from unclip_jax.sharding import (
+    AXES,
     Strategy,
     abstract_mesh,
     batch_sharding,
     check_batch_size,
+    compiler_options,
     host_rows,
     make_mesh,
     put_batch,
@@ -25,6 +27,7 @@ from unclip_jax.sharding import (
     resolve,
     shard_state,
 )
+from unclip_jax.sharding.compiling import GATHER_WHILE_COMPUTING
 from unclip_jax.types import Batch, TrainState
 
 
@@ -55,9 +58,20 @@ def test_names_and_mixtures():
 
 @pytest.mark.parametrize(
     ("torus", "fsdp"),
-    [((4, 4, 4), 16), ((4, 4, 8), 32), ((16, 16), 16), ((2, 4), 8), ((4, 4), 8), ((4, 8), 16), ((8, 8), 8), (None, 32)],
+    [
+        ((4, 4, 4), 16),
+        ((4, 4, 8), 32),
+        ((8, 8, 8), 32),
+        ((16, 16), 32),
+        ((2, 4), 8),
+        ((4, 4), 8),
+        ((4, 8), 16),
+        ((8, 8), 32),
+        ((64,), 32),
+        (None, 32),
+    ],
 )
-def test_fsdp_takes_at_most_two_sides_of_a_torus_and_not_all_of_it(torus, fsdp):
+def test_fsdp_takes_a_side_of_a_torus_and_a_part_of_another_and_not_all_of_it(torus, fsdp):
     devices = 64 if torus is None else int(np.prod(torus))
     assert resolve("fsdp", devices, torus=torus) == Strategy(data=devices // fsdp, fsdp=fsdp)
 
@@ -191,6 +205,8 @@ assert len(constrained(picture).sharding.device_set) == 1  # what was traced on 
 assert jax.random.bits(jax.random.key(0), (2,)).tolist() == jax.jit(
     lambda key: sharding.rows(jax.random.bits(key, (2,))))(jax.random.key(0)).tolist()
 
+rng = np.random.default_rng(0)
+
 # Kernels split in memory, and rows of pixels of a single picture: what XLA's partitioner would get wrong by itself.
 sharding.rules.SMALL = 16
 block = ResBlock(16, groups=4, epsilon=1e-5, dtype="float32")
@@ -213,6 +229,21 @@ with on(make_mesh("data=2,spatial=4")):
         raise AssertionError
 np.testing.assert_allclose(split, apply(params), atol=1e-5)
 
+# Rows of a table whose channels are split: these are exchanged, and no device has the table or its gradient whole.
+words, ids = np.float32(rng.normal(size=(96, 32))), rng.integers(0, 96, (16, 5))
+weight = np.float32(rng.normal(size=(16, 5, 32)))
+chosen = lambda table, ids, weight: (sharding.lookup("tokens")(table, ids) ** 2 * weight).sum()
+with on(mesh):
+    there = shard_state({"tokens": {"embedding": words}}, mesh)["tokens"]["embedding"]
+    assert there.shard_shape(words.shape) == (96, 8)
+    given = jax.device_put(words, there), *put_batch((ids, weight), mesh)
+    apart = jax.jit(jax.value_and_grad(chosen), out_shardings=(None, there)).lower(*given).compile()
+    (value, slope), text = apart(*given), apart.as_text()
+assert "all-to-all" in text and "f32[96,32]" not in text
+expected, whole = jax.value_and_grad(lambda table: (table[ids] ** 2 * weight).sum())(words)
+np.testing.assert_allclose(value, expected, rtol=1e-5)
+np.testing.assert_allclose(slope, whole, rtol=1e-5, atol=1e-6)
+
 def plain(image, text, scale, tokens):
     logits = scale * jnp.einsum("iz,tz->it", image, text, precision="highest")
     same = jnp.all(tokens[:, None] == tokens[None], axis=-1) & ~jnp.eye(len(logits), dtype=bool)
@@ -222,7 +253,6 @@ def plain(image, text, scale, tokens):
     by_text = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=0), right[None], 0)
     return -(by_image.mean() + by_text.mean()) / 2, (jnp.argmax(logits, axis=0) == right).mean()
 
-rng = np.random.default_rng(0)
 unit = lambda x: np.float32(x / np.linalg.norm(x, axis=1, keepdims=True))
 text = unit(rng.normal(size=(64, 16)))
 image, tokens = unit(text + 0.3 * rng.normal(size=text.shape)), rng.integers(0, 3, (64, 3)).astype(np.int32)
@@ -252,10 +282,21 @@ assert 1.8 < more / few < 2.2 and 0.9 < wider / few < 1.1 and more < 4096 ** 2 *
 FAKE = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 
 
-def test_eight_devices_know_their_mesh_and_share_the_contrastive_loss():
-    """Its value and gradient are the plain ones; its memory is that of batch / devices rows."""
+def test_eight_devices_know_their_mesh_exchange_looked_up_rows_and_share_the_contrastive_loss():
+    """Values and gradients are the plain ones; the loss's memory is that of batch / devices rows."""
     done = subprocess.run([sys.executable, "-c", ON_EIGHT], env=FAKE, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_only_several_tpus_are_asked_to_gather_while_computing(monkeypatch):
+    monkeypatch.setattr(Placed, "platform", "tpu")
+    chips = np.array([Placed(number, 0) for number in range(4)]).reshape(4, 1, 1, 1)
+    mesh, one = Mesh(chips, AXES), Mesh(chips[:1], AXES)
+    assert compiler_options(make_mesh()) == {} and compiler_options(one) == {}
+    assert set(compiler_options(mesh)) == set(GATHER_WHILE_COMPUTING)  # planned here, compiled for there
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.warns(UserWarning, match="training without overlapped gathers"):
+        assert compiler_options(mesh) == {}  # as if this compiler, which knows no such option, were a TPU's
 
 
 @pytest.mark.parametrize(

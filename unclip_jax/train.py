@@ -32,7 +32,16 @@ from unclip_jax.optim import (
     updates_done,
 )
 from unclip_jax.preemption import Preempted, Preemption
-from unclip_jax.sharding import as_state, check_batch_size, on, put_batch, replicated, rows, shard_state
+from unclip_jax.sharding import (
+    as_state,
+    check_batch_size,
+    compiler_options,
+    on,
+    put_batch,
+    replicated,
+    rows,
+    shard_state,
+)
 from unclip_jax.types import Batch, Params, PRNGKey, Stage, TrainState
 from unclip_jax.watchdog import Watchdog
 
@@ -97,6 +106,11 @@ def train_step(
     return new, {"loss": loss, **metrics, "gradient_norm": norm, "learning_rate": rate, "skipped": new.skipped}
 
 
+def jitted_step(config: TrainConfig, stage: Stage, mesh: Mesh) -> Any:
+    """`train_step` of state, context, batch and key as `fit` runs it on a mesh: the state is given away."""
+    return jax.jit(partial(train_step, config, stage), donate_argnums=0, compiler_options=compiler_options(mesh))
+
+
 def fit(
     config: TrainConfig,
     stage: Stage,
@@ -135,7 +149,7 @@ def fit(
                 )
             target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
             state, _ = store.restore(target, config)
-        step = jax.jit(partial(train_step, config, stage), donate_argnums=0)
+        step = jitted_step(config, stage, mesh)
         preview = None if stage.preview is None else jax.jit(stage.preview, out_shardings=replicated(mesh))
         key, start = jax.random.key(config.seed + 1), int(state.step)
         # A run that was resumed shows the same pictures as before.

@@ -43,7 +43,7 @@ from unclip_jax.overrides import load_config
 from unclip_jax.priors import sample_prior
 from unclip_jax.sharding import make_mesh
 from unclip_jax.stages import build
-from unclip_jax.train import init_state, train_step
+from unclip_jax.train import init_state, jitted_step
 from unclip_jax.types import Batch
 
 TERAFLOPS = {"prior": 0.329, "decoder": 1.217, "upsampler": 8.497}  # of a step of one picture, guidance included
@@ -274,7 +274,7 @@ def measure_training(options: argparse.Namespace, report: Report, programs: Prog
     key = jax.random.key(1)
     for attention in options.attention:
         batches = {b: training_batch(config, clip, b) for b in options.train}
-        step = jax.jit(partial(train_step, config, stage), donate_argnums=0)
+        step = jitted_step(config, stage, mesh)
         for group in (options.train[:2], options.train[2:]):
             lower = {_name("train", b, attention): partial(step.lower, like, context, batches[b], key) for b in group}
             if not group or not report.enough(f"compile {', '.join(lower)}", 60):

@@ -53,6 +53,7 @@ def test_combined_collectives_count_whole_and_steps_of_one_chain_once(program):
     assert len(found) == len(program.collectives) + 2
     assert found["all-reduce", 2][2:4] == (1, 2 * (64 * 512 + 8 * 64 * 32))
     assert found["all-gather", 2][2:4] == (2, 2 * 2 * 16 * 32 * 16)
+    assert found["all-gather", 2].asynchronous and not found["all-reduce", 2].asynchronous
 
 
 def test_what_stays_on_the_chip_is_no_traffic_of_its_memory(program):
@@ -147,6 +148,8 @@ def test_a_tiny_training_step_compiles_for_a_slice_that_is_not_here(planned):
     assert sum(memory.arguments.values()) < memory.total < 2**30
     assert 4 * program.flops == pytest.approx(sum(facts["model"].values()), rel=0.1)
     assert {one.kind for one in program.collectives} & {"all-gather", "reduce-scatter"}
+    gathered = [one for one in program.collectives if one.kind == "all-gather"]
+    assert sum(one.bytes for one in gathered if one.asynchronous) > 0.9 * sum(one.bytes for one in gathered)
 
 
 def test_a_plan_is_computed_once_and_says_what_it_needs(planned, monkeypatch):

@@ -8,7 +8,6 @@ import os
 import sys
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from unclip_jax.config import ArPriorConfig, ClipConfig, DecoderConfig, PriorCon
 from unclip_jax.plan.steps import loss_shapes
 from unclip_jax.sharding import check_batch_size, make_mesh, on, put_batch, shard_state, slices_of
 from unclip_jax.stages import build
-from unclip_jax.train import init_state, train_step
+from unclip_jax.train import init_state, jitted_step
 from unclip_jax.types import Batch
 
 
@@ -56,7 +55,7 @@ def measure(config: TrainConfig, clip: ClipConfig | None, case: Case, steps: int
     ends = []
     with on(mesh):
         begun = time.perf_counter()
-        lowered = jax.jit(partial(train_step, config, stage), donate_argnums=0).lower(state, context, batch, key)
+        lowered = jitted_step(config, stage, mesh).lower(state, context, batch, key)
         traced = time.perf_counter()
         step = lowered.compile()
         row |= {"trace_seconds": traced - begun, "compile_seconds": time.perf_counter() - traced}

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from unclip_jax.config import ArPriorConfig
 from unclip_jax.models.precision import dtype_of, precision_of
-from unclip_jax.models.transformer import Memory, Transformer, empty_memory
+from unclip_jax.models.transformer import Embed, Memory, Transformer, empty_memory
 from unclip_jax.models.unet_blocks import timestep_embedding
 
 
@@ -34,7 +34,7 @@ class ArPrior(nn.Module):
         self.text_in = nn.Dense(transformer.width, dtype=dtype, precision=precision)
         # Tokens of z_i come first, those of the dot product after them.
         rows = config.buckets + config.dot_buckets
-        self.token_embedding = nn.Embed(rows, transformer.width, dtype=dtype, embedding_init=smooth)
+        self.token_embedding = Embed(rows, transformer.width, dtype=dtype, embedding_init=smooth)
         places = config.context_length + 1 + config.components
         self.positions = self.param("positions", nn.initializers.normal(0.02), (places, transformer.width))
         self.transformer = Transformer(transformer)

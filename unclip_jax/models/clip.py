@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from unclip_jax.config import ClipConfig, TransformerConfig
 from unclip_jax.models.precision import dtype_of, precision_of
-from unclip_jax.models.transformer import Transformer
+from unclip_jax.models.transformer import Embed, Transformer
 from unclip_jax.sharding import convolution
 
 _SMALL = nn.initializers.normal(0.02)
@@ -79,7 +79,7 @@ class TextTower(nn.Module):
         """Creates the tower's parameters."""
         config, text = self.config, self.config.text
         dtype, precision = dtype_of(text.dtype), precision_of(text.dtype)
-        self.token_embedding = nn.Embed(config.vocab_size, text.width, dtype=dtype, embedding_init=_SMALL)
+        self.token_embedding = Embed(config.vocab_size, text.width, dtype=dtype, embedding_init=_SMALL)
         self.text_positions = self.param("text_positions", _SMALL, (config.context_length, text.width))
         self.text_transformer = Transformer(text)
         self.text_norm = _norm(text)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, Num
 
 from unclip_jax.config import DecoderConfig, TransformerConfig
 from unclip_jax.models.precision import dtype_of
-from unclip_jax.models.transformer import Transformer
+from unclip_jax.models.transformer import Embed, Transformer
 from unclip_jax.models.unet import UNet
 from unclip_jax.models.unet_blocks import dense
 from unclip_jax.types import Params
@@ -40,7 +40,7 @@ class TextEncoder(nn.Module):
         """States [b n width] and the state of each row's last visible token [b width]."""
         config = self.config
         normal = nn.initializers.normal(0.02)
-        embedded = nn.Embed(self.vocab_size, config.width, embedding_init=normal, name="tokens")(tokens)
+        embedded = Embed(self.vocab_size, config.width, embedding_init=normal, name="tokens")(tokens)
         positions = self.param("positions", normal, (1, self.context_length, config.width), jnp.float32)
         x = (embedded + positions[:, : tokens.shape[1]]).astype(dtype_of(config.dtype))
         x = Transformer(config, name="transformer")(x, mask, deterministic=deterministic)

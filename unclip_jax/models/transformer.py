@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ from unclip_jax.config import TransformerConfig
 from unclip_jax.models.flash import MASKED, attend_blocks, suits
 from unclip_jax.models.precision import dtype_of, precision_of
 from unclip_jax.models.remat import remembering
-from unclip_jax.sharding import rows
+from unclip_jax.sharding import as_leaf, lookup, rows
 
 _FLASH_FROM = 256  # queries
 
@@ -117,9 +118,27 @@ class Projection(nn.Module):
 
         kernel = self.param("kernel", begin, (*given, *self.features))
         bias = self.param("bias", nn.initializers.zeros, self.features)
+        kernel = as_leaf(kernel.reshape(flat), f"{self.name}/kernel", kernel.shape, self.axes)
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = jnp.dot(x.reshape(*lead, flat[0]), kernel.reshape(flat), precision=self.precision) + bias.reshape(-1)
+        y = jnp.dot(x.reshape(*lead, flat[0]), kernel, precision=self.precision) + bias.reshape(-1)
         return y.reshape(*lead, *self.features)
+
+
+class Embed(nn.Module):
+    """nn.Embed, which on a mesh exchanges rows instead of gathering its table."""
+
+    num_embeddings: int
+    features: int
+    embedding_init: Callable[..., Array]
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    def setup(self) -> None:
+        """Creates the table."""
+        self.embedding = self.param("embedding", self.embedding_init, (self.num_embeddings, self.features))
+
+    def __call__(self, ids: Int[Array, "b ..."]) -> Float[Array, "b ... d"]:
+        """The rows of the table with these numbers."""
+        return lookup(str(self.name))(self.embedding.astype(self.dtype), ids)
 
 
 class Block(nn.Module):

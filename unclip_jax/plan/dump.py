@@ -33,7 +33,7 @@ class Collective(NamedTuple):
     """Collectives of one kind among groups of one size: how many, and their bytes, per chip and step.
 
     bytes: of the whole array, as gathered, before it is scattered, or as it is reduced or sent. first: devices of the
-    first group, by their place in the mesh.
+    first group, by their place in the mesh. asynchronous: whether the chip computes meanwhile.
     """
 
     kind: str
@@ -41,6 +41,7 @@ class Collective(NamedTuple):
     count: float
     bytes: float
     first: tuple[int, ...]
+    asynchronous: bool = False
 
     @property
     def wire(self) -> float:
@@ -84,7 +85,7 @@ def read_program(lines: Iterable[str], trips: int = 1) -> Program:
     flops = traffic = 0.0
     # A fused asynchronous collective is written out once per step that it is spread over, all of one chain or name.
     # Channels tell nothing: many collectives share the first.
-    found: dict[tuple[str, ...], tuple[str, int, tuple[int, ...], float, float]] = {}
+    found: dict[tuple[str, ...], tuple[Collective, float]] = {}
     for name, body in computations.items():
         if not times[name]:
             continue
@@ -95,29 +96,32 @@ def read_program(lines: Iterable[str], trips: int = 1) -> Program:
             elif instruction.opcode == "dot":
                 flops += times[name] * _dot(instruction, shapes)
             elif instruction.opcode.removesuffix("-start") in KINDS:
-                one = _collective(instruction, shapes, "all-reduce-scatter" in name)
                 steps = re.search(r'(chain_id|async_collective_name)="([^"]*)"', instruction.rest)
+                one = _collective(instruction, shapes, "all-reduce-scatter" in name, steps is not None)
                 key = steps.groups() if steps else (name, instruction.name)
                 known = found.get(key)
-                if one[1] > 1 and (known is None or one[3] * times[name] > known[3] * known[4]):
-                    found[key] = (*one, times[name])
+                if one.group > 1 and (known is None or one.bytes * times[name] > known[0].bytes * known[1]):
+                    found[key] = one, times[name]
             if name not in fused and instruction.opcode not in _SILENT and not instruction.opcode.endswith("-done"):
                 traffic += times[name] * _traffic(instruction, shapes)
-    total: dict[tuple[str, int, tuple[int, ...]], list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for kind, group, first, size, runs in found.values():
-        total[kind, group, first][0] += runs
-        total[kind, group, first][1] += runs * size
-    return Program(flops, traffic, tuple(Collective(k, g, n, b, f) for (k, g, f), (n, b) in sorted(total.items())))
+    total: dict[Collective, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for one, runs in found.values():
+        like = one._replace(count=0.0, bytes=0.0)
+        total[like][0] += runs
+        total[like][1] += runs * one.bytes
+    collectives = [like._replace(count=count, bytes=size) for like, (count, size) in total.items()]
+    return Program(flops, traffic, tuple(sorted(collectives)))
 
 
-def _collective(one: Instruction, shapes: dict[str, str], scatters: bool) -> tuple[str, int, tuple[int, ...], float]:
-    """Kind, size and members of its first group, and bytes of the whole array, of one collective."""
+def _collective(one: Instruction, shapes: dict[str, str], scatters: bool, spread: bool) -> Collective:
+    """One collective; scatters: as part of a fusion that keeps a part of the sum. spread: over steps of a chain."""
     kind = one.opcode.removesuffix("-start")
     group, first = _groups(one.rest)
     given = sum(_size(shapes.get(name, "")) for name in _operands(one))
     made = _size(one.shape) - (given if one.opcode.endswith("-start") else 0)  # what is under way names both
     size = given if kind == "collective-permute" else max(given, made)
-    return ("reduce-scatter" if scatters and kind == "all-reduce" else kind), group, first, size
+    kind = "reduce-scatter" if scatters and kind == "all-reduce" else kind
+    return Collective(kind, group, 1, size, first, spread or one.opcode.endswith("-start"))
 
 
 def read_total(report: Path) -> float:

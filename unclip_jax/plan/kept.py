@@ -19,8 +19,7 @@ from unclip_jax.plan.command import request_of
 from unclip_jax.plan.compiler import Compiled, count_request
 from unclip_jax.plan.report import Plan, estimate, make_plan, row
 from unclip_jax.plan.request import Request
-from unclip_jax.plan.roofline import UPDATE
-from unclip_jax.plan.slices import GENERATIONS, all_slices, parse_slice
+from unclip_jax.plan.slices import GENERATIONS, GIB, all_slices, parse_slice
 
 PLANS = Path(__file__).with_name("plans.jsonl")
 BFLOAT16 = "--network.unet.dtype", "bfloat16"
@@ -75,7 +74,9 @@ def cases() -> Iterator[Case]:
         for place in slices:
             if 8 <= place.chips <= 256 and place.chips != CHIPS:
                 yield Case("dalle2_decoder", "train", place.name, "fsdp", "block", None)
-    # The decoder without recomputation, with norms and attention alone computed again, and whole on every chip.
+    # The decoder with norms and attention alone computed again, without recomputation, and whole on every chip.
+    yield Case("dalle2_decoder", "train", "v4-128", "fsdp", "products", None)
+    yield Case("dalle2_decoder", "train", "v6e-64", "fsdp", "products", None)
     yield Case("dalle2_decoder", "train", "v5p-128", "fsdp", "none", None)
     yield Case("dalle2_decoder", "train", "v5p-128", "fsdp", "products", None)
     yield Case("dalle2_decoder", "train", "v5e-256", "fsdp", "products", None)
@@ -121,9 +122,11 @@ def recount(kept: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             traced[step] = count_request(request)
         place = parse_slice(values["slice"])
         facts, bandwidth = {**traced[step], "chips": place.chips}, place.generation.bandwidth
-        if values["what"] == "train":  # what an update takes says how much of the state a chip has
-            facts["state_bytes"] = values["parts"]["optimiser"] * bandwidth / UPDATE
-        line = estimate(request, place, facts, values["interconnect"], values["hbm_traffic"] * bandwidth)
+        if values["what"] == "train":
+            facts["state_bytes"] = values["state_gib"] * GIB
+        line = estimate(
+            request, place, facts, values["interconnect"], values["hidden"], values["hbm_traffic"] * bandwidth
+        )
         found = row(Plan(request, Compiled(facts, None, None, None, None, 0.0, 0.0), line))
         yield {**values, **{key: found[key] for key in COUNTED}}
 

@@ -64,12 +64,19 @@ def _roofline(request: Request, compiled: Compiled) -> Roofline | None:
     place, facts, program = request.slice, compiled.facts, compiled.program
     if place is None:
         return None
-    moved = transfer_seconds(program.collectives, place, facts["places"], facts["slices"]) if program else 0.0
-    return estimate(request, place, facts, moved, program.traffic if program else 0.0)
+    if program is None:
+        return estimate(request, place, facts, 0.0, 0.0, 0.0)
+    asynchronous = [one for one in program.collectives if one.asynchronous]
+    interconnect = transfer_seconds(program.collectives, place, facts["places"], facts["slices"])
+    hidden = transfer_seconds(asynchronous, place, facts["places"], facts["slices"])
+    return estimate(request, place, facts, interconnect, hidden, program.traffic)
 
 
-def estimate(request: Request, place: Slice, facts: Mapping[str, Any], interconnect: float, traffic: float) -> Roofline:
-    """The roofline of a step whose facts are known, whose collectives take `interconnect` seconds; traffic: bytes."""
+def estimate(
+    request: Request, place: Slice, facts: Mapping[str, Any], interconnect: float, hidden: float, traffic: float
+) -> Roofline:
+    """The roofline of a step whose facts are known, whose collectives take `interconnect` seconds, asynchronous ones
+    `hidden` of them; traffic: bytes."""
     both = {
         path: facts["model"].get(path, 0) + facts["again"].get(path, 0) for path in {*facts["model"], *facts["again"]}
     }
@@ -79,7 +86,7 @@ def estimate(request: Request, place: Slice, facts: Mapping[str, Any], interconn
         known(place.generation.name), place, facts["images"],
         state_bytes=facts["state_bytes"] if training else 0.0,
         weight_bytes=0.0 if training else facts["state_bytes"] * facts["trips"],
-        interconnect=interconnect, traffic=traffic,
+        interconnect=interconnect, hidden=hidden, traffic=traffic,
         passes=FLOAT32_PASSES if compute_dtype(request.config) == "float32" else 1,
     )  # fmt: skip
 
@@ -95,6 +102,8 @@ def row(plan: Plan) -> dict[str, Any]:
         "remat": plan.remat, "parameters": facts["parameters"], "fits": plan.fits,
         "limit_gib": plan.limit and plan.limit / GIB, "model_flops": model, "recomputed_flops": again,
     }  # fmt: skip
+    if values["what"] == "train":
+        values["state_gib"] = facts["state_bytes"] / GIB
     if memory is not None:
         arguments = {_NAMES.get(name, "other"): 0.0 for name in memory.arguments}
         for name, size in memory.arguments.items():
@@ -117,8 +126,9 @@ def row(plan: Plan) -> dict[str, Any]:
     if line is not None:
         values |= {
             "parts": line.parts, "step": line.step, "at_peak": line.at_peak, "hbm_traffic": line.traffic,
-            "interconnect": line.interconnect, "images_per_second": line.images_per_second, "share_of_peak": line.share,
-            "assumed": line.assumed, "days": plan.days, "chip_hours": plan.chip_hours,
+            "interconnect": line.interconnect, "hidden": line.hidden,
+            "images_per_second": line.images_per_second, "share_of_peak": line.share, "assumed": line.assumed,
+            "days": plan.days, "chip_hours": plan.chip_hours,
         }  # fmt: skip
     values |= {"planned_in": plan.compiled.seconds, "planner_gib": plan.compiled.peak_memory / GIB}
     return _rounded(values)
@@ -216,7 +226,8 @@ def _time_lines(plan: Plan, values: dict[str, Any]) -> list[str]:
     lines += [f"    {name:<20}{1e3 * seconds:10.1f}" for name, seconds in values["parts"].items()]
     lines.append(
         f"    {'total':<20}{1e3 * values['step']:10.1f}   (computing at peak {1e3 * values['at_peak']:.1f}, HBM "
-        f"traffic at most {1e3 * values['hbm_traffic']:.1f}, interconnect {1e3 * values['interconnect']:.1f})"
+        f"traffic at most {1e3 * values['hbm_traffic']:.1f}, interconnect {1e3 * values['interconnect']:.1f}, "
+        f"{1e3 * values['hidden']:.1f} of it while computing)"
     )
     lines.append(
         f"  {values['images_per_second']:,.4g} images/s, {100 * values['share_of_peak']:.0f}% of peak"

@@ -2,8 +2,8 @@
 
     convolutions, transformers, attention   FLOPs (recomputed ones too) / (chips x peak x efficiency of the block)
     optimiser                               2.25 x bytes of the state / HBM bandwidth: read and write it, read gradients
-    interconnect                            bytes on the wire / bandwidth of the torus axes of the group, less what the
-                                            compiler's schedule hides behind `overlap` of the computing time
+    interconnect                            bytes on the wire / bandwidth of the torus axes of the group, less what
+                                            asynchronous ones move in OVERLAP of the computing time
 
 Sums, not a simulation: host, input, pipeline bubbles and the order of operations are left out. No TPU was asked.
 """
@@ -30,6 +30,7 @@ from unclip_jax.plan.slices import Slice
 # Where no block of a kind was compiled, as for GPUs: what the compiler's cycles give for typical ones on v5p.
 ASSUMED = {"convolutions": 0.85, "transformers": 0.65, "attention": 0.4}
 UPDATE = 2.25  # times the bytes of the state go between chip and HBM in an update
+OVERLAP = 0.7  # share of the computing time in which asynchronous collectives find something to hide behind
 SECONDS_PER_DAY = 86400.0
 
 
@@ -49,7 +50,7 @@ class Roofline(NamedTuple):
 
     assumed: share of the FLOPs whose block's efficiency was not compiled.
     at_peak: computing alone, at the peak of the chips. traffic: HBM bytes of the program / bandwidth, at most.
-    interconnect: all of it, hidden or not. share: model FLOPs per second / peak.
+    interconnect: all of it, hidden or not. hidden: of it, asynchronous. share: model FLOPs per second / peak.
     """
 
     parts: dict[str, float]
@@ -57,6 +58,7 @@ class Roofline(NamedTuple):
     at_peak: float
     traffic: float
     interconnect: float
+    hidden: float
     images_per_second: float
     share: float
     assumed: float
@@ -134,11 +136,11 @@ def _filled(block: Block) -> float:
 
 
 def combine(
-    seconds: Mapping[str, float], update: float, interconnect: float, overlap: float, weights: float = 0.0
+    seconds: Mapping[str, float], update: float, waiting: float, hidden: float, weights: float = 0.0
 ) -> dict[str, float]:
-    """The parts of a step: computing by kind, waiting for weights if that is longer, update, exposed transfers."""
+    """The parts of a step: computing by kind, waiting for weights if that takes longer, update, and transfers."""
     computing = sum(seconds.values())
-    parts = {**seconds, "optimiser": update, "interconnect": max(0.0, interconnect - overlap * computing)}
+    parts = {**seconds, "optimiser": update, "interconnect": waiting + max(0.0, hidden - OVERLAP * computing)}
     if weights > computing:
         parts["waiting for weights"] = weights - computing
     return parts
@@ -154,14 +156,15 @@ def roofline(
     state_bytes: float = 0.0,
     weight_bytes: float = 0.0,
     interconnect: float = 0.0,
+    hidden: float = 0.0,
     traffic: float = 0.0,
     passes: int = 1,
 ) -> Roofline:
     """The roofline of one step.
 
     compute: FLOPs of every block, recomputed ones included, over all chips. state_bytes: per chip, of a training state
-    (0 in sampling). weight_bytes: per chip, of all passes through the weights. interconnect: seconds. traffic: bytes.
-    passes: bf16 products that a product takes: 6 in float32.
+    (0 in sampling). weight_bytes: per chip, of all passes through the weights. interconnect: seconds, of which hidden
+    are asynchronous. traffic: bytes. passes: bf16 products that a product takes: 6 in float32.
     """
     chip, peak = place.generation, place.chips * place.generation.peak
     seconds: dict[str, float] = defaultdict(float)
@@ -171,10 +174,10 @@ def roofline(
         seconds[block.kind] += passes * flops / (peak * share)
         assumed += flops * guess
     update = UPDATE * state_bytes / chip.bandwidth
-    parts = combine(seconds, update, interconnect, chip.overlap, weight_bytes / chip.bandwidth)
+    parts = combine(seconds, update, interconnect - hidden, hidden, weight_bytes / chip.bandwidth)
     step, total = sum(parts.values()), sum(compute.values())
     return Roofline(
-        parts, step, passes * total / peak, traffic / chip.bandwidth, interconnect,
+        parts, step, passes * total / peak, traffic / chip.bandwidth, interconnect, hidden,
         images / step, model_flops / step / peak, assumed / max(total, 1.0),
     )  # fmt: skip
 

@@ -17,8 +17,7 @@ class Generation(NamedTuple):
 
     peak: bf16 FLOP/s. memory, usable: bytes of HBM, and those that a program may fill. bandwidth: HBM bytes/s. link:
     bytes/s of one link of the interconnect in one direction. network: bytes/s per chip between slices. clock: Hz of the
-    matrix units, which the compiler's cycles count. overlap: share of the computing time in which the compiler's
-    default schedule also moves data between chips (0 where collectives are synchronous in the compiled program).
+    matrix units, which the compiler's cycles count.
     """
 
     name: str
@@ -29,7 +28,6 @@ class Generation(NamedTuple):
     link: float
     network: float
     clock: float
-    overlap: float
     cores: int  # that a slice's name counts per chip
     sides: tuple[tuple[int, ...], ...]  # of the slices that can be had, smallest first
 
@@ -45,10 +43,10 @@ _CUBES = _cubes(
 GENERATIONS = {
     g.name: g
     for g in (
-        Generation("v4", 275e12, 32 * GIB, 30.75 * GIB, 1228e9, 45e9, 6.25e9, 1.05e9, 0.0, 2, _CUBES),
-        Generation("v5p", 459e12, 95 * GIB, 95 * GIB, 2765e9, 90e9, 6.25e9, 1.75e9, 0.0, 2, _CUBES),
-        Generation("v5e", 197e12, 16 * GIB, 15.75 * GIB, 819e9, 45e9, 3.125e9, 1.5e9, 0.7, 1, _SQUARES),
-        Generation("v6e", 918e12, 32 * GIB, 31.25 * GIB, 1640e9, 90e9, 12.5e9, 1.75e9, 0.0, 1, _SQUARES),
+        Generation("v4", 275e12, 32 * GIB, 30.75 * GIB, 1228e9, 45e9, 6.25e9, 1.05e9, 2, _CUBES),
+        Generation("v5p", 459e12, 95 * GIB, 95 * GIB, 2765e9, 90e9, 6.25e9, 1.75e9, 2, _CUBES),
+        Generation("v5e", 197e12, 16 * GIB, 15.75 * GIB, 819e9, 45e9, 3.125e9, 1.5e9, 1, _SQUARES),
+        Generation("v6e", 918e12, 32 * GIB, 31.25 * GIB, 1640e9, 90e9, 12.5e9, 1.75e9, 1, _SQUARES),
     )
 }
 

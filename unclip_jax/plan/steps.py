@@ -21,7 +21,7 @@ from unclip_jax.overrides import available_configs, load_config
 from unclip_jax.priors import sample_ar_prior, sample_prior
 from unclip_jax.sharding import batch_sharding, check_batch_size, replicated, shard_state
 from unclip_jax.stages import build
-from unclip_jax.train import init_state, train_step
+from unclip_jax.train import init_state, jitted_step
 from unclip_jax.types import Batch
 
 What = Literal["train", "sample"]
@@ -89,14 +89,13 @@ def _training(config: TrainConfig, clip: ClipConfig | None, mesh: Mesh) -> Step:
     shardings = shard_state(state, mesh)
     context = _context(config, clip)
     key = _like(jax.eval_shape(lambda: jax.random.key(0)), replicated(mesh))
-    function = jax.jit(partial(train_step, config, stage), donate_argnums=0)
     arguments = (
         _placed(state, shardings),
         _placed(context, shard_state(context, mesh, strict=False)),
         _like(training_batch(config, clip), batch_sharding(mesh)),
         key,
     )
-    return Step(function, arguments, config.data.batch_size, 1, _count(state.params))
+    return Step(jitted_step(config, stage, mesh), arguments, config.data.batch_size, 1, _count(state.params))
 
 
 def training_batch(config: TrainConfig, clip: ClipConfig | None) -> Batch:

@@ -5,11 +5,15 @@ rules      a tree of shapes -> where every leaf lies, or why that cannot be
 batches    the rows that a host reads, and the global arrays made of them
 inside     what networks, losses and steps say of the mesh, without naming an axis
 convolution  of pictures and kernels that are split
+lookup     in tables that are split
+compiling  options of the TPU compiler
 """
 
 from unclip_jax.sharding.batches import batch_sharding, batch_ways, check_batch_size, host_rows, put_batch
+from unclip_jax.sharding.compiling import compiler_options
 from unclip_jax.sharding.convolution import convolution
 from unclip_jax.sharding.inside import (
+    as_leaf,
     as_state,
     check_height,
     on,
@@ -24,6 +28,7 @@ from unclip_jax.sharding.inside import (
     shift,
     total,
 )
+from unclip_jax.sharding.lookup import lookup
 from unclip_jax.sharding.rules import GIANT, RULES, SMALL, Rule, is_stacked, path_name, replicated, shard_state
 from unclip_jax.sharding.strategy import (
     AXES,
@@ -45,14 +50,17 @@ __all__ = [
     "Rule",
     "Strategy",
     "abstract_mesh",
+    "as_leaf",
     "as_state",
     "batch_sharding",
     "batch_ways",
     "check_batch_size",
     "check_height",
+    "compiler_options",
     "convolution",
     "host_rows",
     "is_stacked",
+    "lookup",
     "make_mesh",
     "on",
     "over_heads",

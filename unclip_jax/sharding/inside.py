@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from unclip_jax.sharding.batches import BATCH_AXES, batch_ways
-from unclip_jax.sharding.rules import shard_state
+from unclip_jax.sharding.rules import shard_state, split_axes
 from unclip_jax.sharding.strategy import AXES
 
 _MESH: ContextVar[Mesh | None] = ContextVar("mesh", default=None)
@@ -96,6 +96,23 @@ def as_state(tree: Any) -> Any:
     """Parameters, gradients or a training state, each leaf where shard_state puts it; gradients are summed to there."""
     mesh = current()
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, shard_state(tree, mesh))
+
+
+def as_leaf(x: jax.Array, name: str, shape: tuple[int, ...], axes: int) -> jax.Array:
+    """A parameter whose first `axes` axes were joined to one, and the others too, where the leaf of this name lies.
+
+    Its gradient is then scattered as a matrix, before it takes the leaf's shape again: XLA's TPU compiler would sum it
+    in full. Only where the first of joined axes is the split one; else x stays as it is.
+    """
+    mesh = current()
+    if mesh is None:
+        return x
+    split = split_axes(name, shape, mesh)
+    joined = split[:axes], split[axes:]
+    if any(any(part[1:]) for part in joined):
+        return x
+    spec = PartitionSpec(*(part[0] for part in joined))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def over_rows(function: Callable[..., Any], *, out: Any) -> Callable[..., Any]:

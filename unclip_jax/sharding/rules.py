@@ -45,6 +45,9 @@ RULES = (
     Rule(r"out/kernel", -2),
 )
 
+# Tables of which few rows are read: split over fsdp along their channels too, so that no device has to fetch a table.
+LOOKED_UP = re.compile(r"(token_embedding|tokens)/embedding$")
+
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The whole array on every device."""
@@ -76,7 +79,8 @@ def shard_state(shape_tree: Any, mesh: Mesh | AbstractMesh, strict: bool = True)
     """Tree of NamedSharding for a tree of shapes, such as `jax.eval_shape` of a TrainState.
 
     A leaf of SMALL elements or more is split over tensor as RULES say, and over fsdp along the largest other axis that
-    fsdp divides; moments and averages lie with their parameters, whose names they share. Smaller leaves are replicated.
+    fsdp divides (tables of embeddings along their channels); moments and averages lie with their parameters, whose
+    names they share. Smaller leaves are replicated.
     Where strict, raises ValueError, naming the nearest that works, where tensor does not divide the axis of a rule,
     where fsdp or tensor splits nothing at all, or where a leaf above GIANT elements would be replicated.
     """
@@ -110,7 +114,7 @@ def _spec(name: str, shape: tuple[int, ...], fsdp: int, tensor: int) -> list[str
     first = int(is_stacked(name))  # a scan reads one layer at a time, and no device should have to ask for it
     free = [axis for axis, length in enumerate(shape) if axis >= first and spec[axis] is None and length % fsdp == 0]
     if fsdp > 1 and free:
-        spec[max(free, key=lambda axis: shape[axis])] = "fsdp"
+        spec[free[-1] if LOOKED_UP.search(name) else max(free, key=lambda axis: shape[axis])] = "fsdp"
     while spec and spec[-1] is None:
         spec.pop()
     return spec

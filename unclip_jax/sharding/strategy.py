@@ -117,15 +117,15 @@ def _nearest(asked: dict[str, int], devices: int) -> Strategy:
 
 
 def _most_fsdp(devices: int, torus: Sequence[int] | None) -> int:
-    """The largest product of one or two sides of the torus up to MOST_FSDP; without a torus the largest divisor.
+    """The most devices up to MOST_FSDP on one side of the torus and a part of another; without one the largest divisor.
 
     Half of it where it would be all of 16 devices or more: without a data axis beside it the TPU compiler passes
     weights around in rings, and computes a fifth more.
     """
     if torus is None or math.prod(torus) != devices:
         return _largest_divisor(devices, MOST_FSDP)
-    products = [*torus, *(a * b for a, b in itertools.combinations(torus, 2))]
-    most = max([size for size in products if size <= MOST_FSDP], default=_largest_divisor(devices, MOST_FSDP))
+    planes = [(side, other) for side, other in itertools.permutations((*torus, 1), 2) if side <= MOST_FSDP]
+    most = max((side * _largest_divisor(other, MOST_FSDP // side) for side, other in planes), default=1)
     return most // _least_factor(most) if most == devices >= 16 else most
 
 

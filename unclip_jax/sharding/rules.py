@@ -22,6 +22,8 @@ class Rule(NamedTuple):
     axis: int
 
 
+# Of which few rows are read: split over fsdp along their channels too, so that no device has to fetch a whole table.
+TABLES = r"(token_embedding|tokens)/embedding"
 RULES = (
     Rule(r"(query|key|value|context_key|context_value)/kernel", 1),  # heads, which a U-Net keeps side by side
     Rule(r"(query|key|value|context_key|context_value)/bias", 0),
@@ -37,16 +39,13 @@ RULES = (
     Rule(r"time_0/kernel", 1),
     Rule(r"time_0/bias", 0),
     Rule(r"time_1/kernel", 0),
-    Rule(r"(token_embedding|tokens)/embedding", 1),
+    Rule(TABLES, 1),
     Rule(r"patches/kernel", 3),
     Rule(r"(states_in|text_in|image_in|image_projection|text_projection)/kernel", 0),
     Rule(r"(image_to_time|text_to_time|text_to_context)/kernel", 0),
     Rule(r"image_to_tokens/kernel", 1),
     Rule(r"out/kernel", -2),
 )
-
-# Tables of which few rows are read: split over fsdp along their channels too, so that no device has to fetch a table.
-LOOKED_UP = re.compile(r"(token_embedding|tokens)/embedding$")
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -61,7 +60,11 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 def rule_of(name: str) -> Rule | None:
     """The rule of a leaf, None for one that tensor leaves whole."""
-    return next((rule for rule in RULES if re.search(rf"(^|/){rule.pattern}$", name)), None)
+    return next((rule for rule in RULES if _ends_in(name, rule.pattern)), None)
+
+
+def _ends_in(name: str, pattern: str) -> bool:
+    return re.search(rf"(^|/){pattern}$", name) is not None
 
 
 def _rule_here(name: str) -> Rule | None:
@@ -114,7 +117,7 @@ def _spec(name: str, shape: tuple[int, ...], fsdp: int, tensor: int) -> list[str
     first = int(is_stacked(name))  # a scan reads one layer at a time, and no device should have to ask for it
     free = [axis for axis, length in enumerate(shape) if axis >= first and spec[axis] is None and length % fsdp == 0]
     if fsdp > 1 and free:
-        spec[free[-1] if LOOKED_UP.search(name) else max(free, key=lambda axis: shape[axis])] = "fsdp"
+        spec[free[-1] if _ends_in(name, TABLES) else max(free, key=lambda axis: shape[axis])] = "fsdp"
     while spec and spec[-1] is None:
         spec.pop()
     return spec

@@ -1,5 +1,6 @@
 """Properties of the U-Net, its blocks and what the decoder and upsampler feed it."""
 
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -13,7 +14,15 @@ from unclip_jax.config import DecoderConfig, TransformerConfig, UNetConfig, Upsa
 from unclip_jax.models import unet_blocks
 from unclip_jax.models.decoder import Condition, Decoder, init_decoder
 from unclip_jax.models.unet import UNet
-from unclip_jax.models.unet_blocks import AttentionBlock, GroupNorm, ResBlock, fold, timestep_embedding, unfold
+from unclip_jax.models.unet_blocks import (
+    AttentionBlock,
+    GroupNorm,
+    ResBlock,
+    fold,
+    timestep_embedding,
+    unfold,
+    visible_keys,
+)
 from unclip_jax.models.upsampler import Upsampler, init_upsampler, resize_low
 
 CONFIG = UNetConfig(
@@ -144,7 +153,7 @@ def test_attention_in_one_kernel_sees_the_same_keys(told, monkeypatch):
     """What GPUs run, with the stand-in where cuDNN is absent; hidden tokens may lie anywhere in the context."""
     block = AttentionBlock(groups=2, epsilon=1e-5, dtype="float32", head_channels=4)
     mask = jnp.array([[True, False, True, False, True], [False, False, False, True, True]])
-    given = (normal(2, 2, 5, 6), mask) if told == "some" else ()
+    given = (normal(2, 2, 5, 6), visible_keys(mask, 16)) if told == "some" else ()
     inputs = (normal(1, 2, 4, 4, 8), *given)
     params = filled(lambda key: block.init(key, *inputs))
 
@@ -186,6 +195,31 @@ def test_bfloat16_gradients_are_finite():
     for path, grad in jax.tree.leaves_with_path(grads):
         assert grad.dtype == jnp.float32 and np.all(np.isfinite(grad)), jax.tree_util.keystr(path)
     assert all(np.any(grads[name]["kernel"]) for name in ("stem", "time_0", "out")) and np.any(grads["positions"])
+
+
+def test_what_all_blocks_share_is_made_once():
+    """Masks of keys and dropout's keys; the TPU compiler takes minutes more where every block makes its own."""
+    unet = UNet(replace(CONFIG, dropout=0.1, remat="block", attention_factors=(1, 2)))
+    x, t, context = jnp.zeros((2, 8, 8, 3)), jnp.zeros((2,), jnp.int32), jnp.zeros((2, 5, 12))
+    rest = None, context, jnp.ones((2, 5), bool)
+
+    def loss(params):
+        out = unet.apply(params, x, t, *rest, deterministic=False, rngs={"dropout": jax.random.key(0)})
+        return out.sum()
+
+    params = jax.eval_shape(lambda key: unet.init(key, x, t, *rest), jax.random.key(0))
+    found = Counter(operations(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
+    splits = sum(times for (name, _), times in found.items() if name == "random_split")
+    assert splits == 1 and found["pad", (2, 5 + 8 * 8)] == 1 and found["pad", (2, 5 + 4 * 4)] == 1
+
+
+def operations(jaxpr):
+    """Names and first results' shapes of all operations, those of inner programs too."""
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name, eqn.outvars[0].aval.shape if eqn.outvars else ()
+        for value in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
+                yield from operations(getattr(value, "jaxpr", value))
 
 
 def test_positions_at_both_ends():

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from unclip_jax.sharding import over_heads, platform
 
@@ -25,7 +25,10 @@ _MOST = 2048  # queries or keys: more do not fit into the 16 MiB that a kernel h
 _ROWS = 256  # queries whose logits are there at once
 
 
-def suits(query: Float[Array, "b q h d"], key: Float[Array, "b k h d"], mask: Bool[Array, "b #h #q k"] | None) -> bool:
+Mask = Bool[Array, "b #h #q k"] | Int[Array, "b #h #q k"]  # where it is true, or not 0, a key is visible
+
+
+def suits(query: Float[Array, "b q h d"], key: Float[Array, "b k h d"], mask: Mask | None) -> bool:
     """Whether `attend_blocks` can take these: bfloat16 on a TPU, neither few nor very many, a mask of keys alone."""
     of_keys = mask is None or mask.shape[1:3] == (1, 1)
     fits = _FROM <= query.shape[1] <= _MOST and key.shape[1] <= _MOST
@@ -36,15 +39,18 @@ def attend_blocks(
     query: Float[Array, "b q h d"],
     key: Float[Array, "b k h d"],
     value: Float[Array, "b k h d"],
-    mask: Bool[Array, "b 1 1 k"] | None,
+    mask: Bool[Array, "b 1 1 k"] | Int[Array, "b 1 1 k"] | None,
     causal: bool = False,
 ) -> Float[Array, "b q h d"]:
     """Scaled dot-product attention, softmax in float32; rows and heads stay on their devices of the mesh.
 
+    mask: true, or not 0, where a key is visible. In int32 it is what the kernel reads.
+
     causal: no query sees a key behind its own place, of which there are as many.
     """
     heads, channels = query.shape[2:]
-    visible = jnp.ones(key.shape[:2], bool) if mask is None else mask[:, 0, 0]
+    b, k = key.shape[:2]
+    visible = jnp.ones((b, 1, 1, k), jnp.int32) if mask is None else mask.astype(jnp.int32)
     flat = (x.reshape(*x.shape[:2], -1) for x in (query * channels**-0.5, key, value))
     attend = functools.partial(_attend, channels=channels, causal=causal)
     mixed: Array = over_heads(attend, heads, causal)(*flat, visible)
@@ -52,7 +58,7 @@ def attend_blocks(
 
 
 def _attend(query: Array, key: Array, value: Array, visible: Array, channels: int, causal: bool) -> Array:
-    """[b q hd], [b k hd], [b k hd], [b k] -> [b q hd]."""
+    """[b q hd], [b k hd], [b k hd], [b 1 1 k] -> [b q hd]."""
     shape, flops = query.shape, 2 * math.prod(query.shape) * key.shape[1]
     heads, filled = shape[2] // channels, channels if LANES % channels == 0 else -(-channels // LANES) * LANES
     more = -heads % max(1, LANES // filled)
@@ -62,13 +68,13 @@ def _attend(query: Array, key: Array, value: Array, visible: Array, channels: in
         apart = (x.reshape(*x.shape[:2], heads, channels) for x in (query, key, value))
         query, key, value = (jnp.pad(x, room).reshape(*x.shape[:2], -1) for x in apart)
     with jax.named_scope(f"{SCOPE}{flops}"):
-        mixed: Any = _attention(query, key, value, visible[:, None].astype(jnp.int32), filled, causal)
+        mixed: Any = _attention(query, key, value, visible, filled, causal)
     return mixed.reshape(*shape[:2], -1, filled)[:, :, :heads, :channels].reshape(shape) if fills else mixed
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _attention(query: Array, key: Array, value: Array, visible: Array, channels: int, causal: bool) -> Array:
-    """[b q hd], [b k hd], [b k hd], [b 1 k] -> [b q hd]."""
+    """[b q hd], [b k hd], [b k hd], [b 1 1 k] -> [b q hd]."""
     return _call(_forward, (query, key, value, visible), (query,), channels, causal)[0]
 
 
@@ -94,7 +100,7 @@ def _call(
 
     def block(x: Array) -> pl.BlockSpec:
         if x.dtype == jnp.int32:  # what is visible, of all heads
-            return pl.BlockSpec((1, *x.shape[1:]), lambda row, group: (row, 0, 0))
+            return pl.BlockSpec((1, *x.shape[1:]), lambda row, group: (row, 0, 0, 0))
         return pl.BlockSpec((1, x.shape[1], lanes), lambda row, group: (row, 0, group))
 
     parameters: Any = getattr(pltpu, "CompilerParams", None) or getattr(pltpu, "TPUCompilerParams")  # noqa: B009
@@ -114,7 +120,7 @@ def _forward(query: Any, key: Any, value: Any, visible: Any, out: Any, *, channe
     for rows, keys in _parts(query.shape[1], key.shape[1], causal):
         k, v, mixed = key[0, keys], value[0, keys], jnp.zeros((), jnp.float32)
         for own in _heads(channels):
-            weights, total = _softmax(query[0, rows] * own, k, visible[0, :, keys], rows, causal)
+            weights, total = _softmax(query[0, rows] * own, k, visible[0, 0, :, keys], rows, causal)
             mixed += own * _product(weights.astype(v.dtype), v, 1, 0) / total
         out[0, rows] = mixed.astype(out.dtype)
 
@@ -128,7 +134,7 @@ def _backward(
         k, v, mixed = key[0, keys], value[0, keys], jnp.zeros((), jnp.float32)
         for own in _heads(channels):
             q, g = query[0, rows] * own, gradient[0, rows] * own
-            weights, total = _softmax(q, k, visible[0, :, keys], rows, causal)
+            weights, total = _softmax(q, k, visible[0, 0, :, keys], rows, causal)
             weights /= total
             d_weights = _product(g, v, 1, 1)
             d_logits = weights * (d_weights - (weights * d_weights).sum(1, keepdims=True))

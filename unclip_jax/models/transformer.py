@@ -12,7 +12,7 @@ from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Int
 
 from unclip_jax.config import TransformerConfig
-from unclip_jax.models.flash import MASKED, attend_blocks, suits
+from unclip_jax.models.flash import MASKED, Mask, attend_blocks, suits
 from unclip_jax.models.precision import dtype_of, precision_of
 from unclip_jax.models.remat import remembering
 from unclip_jax.sharding import as_leaf, lookup, rows
@@ -35,11 +35,11 @@ def attend(
     query: Float[Array, "b q h d"],
     key: Float[Array, "b k h d"],
     value: Float[Array, "b k h d"],
-    mask: Bool[Array, "b #h #q k"] | None,
+    mask: Mask | None,
     precision: jax.lax.Precision | None,
     causal: bool = False,
 ) -> Float[Array, "b q h d"]:
-    """Scaled dot-product attention, softmax in float32; where mask is false a key is invisible.
+    """Scaled dot-product attention, softmax in float32; where mask is false, or 0, a key is invisible.
 
     causal: so is a key behind the query's own place, of which there are as many.
     """
@@ -47,11 +47,12 @@ def attend(
         return attend_blocks(query, key, value, mask, causal)
     scale = query.shape[-1] ** -0.5
     logits = jnp.einsum("bqhd,bkhd->bhqk", query * scale, key, precision=precision).astype(jnp.float32)
+    seen = None if mask is None else mask.astype(bool)
     if causal:
         ordered = jnp.tril(jnp.ones(logits.shape[2:], bool))
-        mask = ordered if mask is None else mask & ordered
-    if mask is not None:
-        logits = jnp.where(mask, logits, MASKED)
+        seen = ordered if seen is None else seen & ordered
+    if seen is not None:
+        logits = jnp.where(seen, logits, MASKED)
     weights = jax.nn.softmax(logits).astype(value.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value, precision=precision)
 

@@ -1,5 +1,10 @@
 """One U-Net for the decoder and both upsamplers (ADM, arXiv 2105.05233, in the layout of Karlo's decoder)."""
 
+from functools import cache
+from itertools import repeat
+from math import prod
+
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Num
@@ -16,6 +21,7 @@ from unclip_jax.models.unet_blocks import (
     fold,
     timestep_embedding,
     unfold,
+    visible_keys,
 )
 from unclip_jax.sharding import check_height, rows
 
@@ -74,19 +80,24 @@ class UNet(nn.Module):
         if context is not None:
             context = rows(context.astype(dtype_of(config.dtype)))
 
+        # All blocks' keys at once: each would else make its own, anew on the way back.
+        blocks = len(widths) * (2 * config.depth + 1) + 2 * lowest + 2
+        drops = config.dropout > 0 and not deterministic
+        keys = iter(jax.random.split(self.make_rng("dropout"), blocks)) if drops else repeat(None)
+
         def residual(h: Array, width: int, name: str, resample: str | None = None) -> Array:
             block = ResBlock(
                 width, scale_shift=config.scale_shift, dropout=config.dropout, resample=resample, name=name, **norm
             )
+            return rows(remembering(config.remat, ResBlock.__call__)(block, h, time, next(keys)))
 
-            def call(block: ResBlock, h: Array, time: Array) -> Array:
-                return block(h, time, deterministic=deterministic)
-
-            return rows(remembering(config.remat, call)(block, h, time))
+        @cache
+        def seen(sides: tuple[int, ...]) -> Array | None:
+            return None if context is None or context_mask is None else visible_keys(context_mask, prod(sides))
 
         def attention(h: Array, name: str) -> Array:
             block = AttentionBlock(head_channels=config.head_channels, name=name, **norm)
-            return rows(remembering(config.remat, AttentionBlock.__call__)(block, h, context, context_mask))
+            return rows(remembering(config.remat, AttentionBlock.__call__)(block, h, context, seen(h.shape[1:3])))
 
         def positions(h: Array, name: str) -> Array:
             if config.position_grid is None:

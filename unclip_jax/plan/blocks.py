@@ -91,8 +91,8 @@ def build_block(block: Block, config: TrainConfig) -> tuple[Any, tuple[Any, ...]
             rows = max(8, TOKENS // side**2)
             told = network.context_length + network.extra_tokens if isinstance(network, DecoderConfig) else 0
             module = AttentionBlock(head_channels=unet.head_channels, **norm)
-            context = (shape(rows, told, unet.context_dim or 0), shape(rows, told, dtype=jnp.bool_)) if told else ()
-            inputs = (shape(rows, side, side, width), *context)
+            context = shape(rows, told, unet.context_dim or 0), shape(rows, 1, 1, told + side**2, dtype=jnp.int32)
+            inputs = (shape(rows, side, side, width), *(context if told else ()))
         case _:
             part = _transformer(network, width)
             module, rows = TransformerBlock(part), max(8, TOKENS // side)

@@ -134,7 +134,7 @@ def over_rows(function: Callable[..., Any], *, out: Any) -> Callable[..., Any]:
 
 
 def over_heads(function: Callable[..., Any], heads: int, whole: bool) -> Callable[..., Any]:
-    """An attention of query, key, value [b n hd] and visible [b k] mapped over rows, heads and rows of pixels.
+    """An attention of query, key, value [b n hd] and visible [b 1 1 k] mapped over rows, heads and rows of pixels.
 
     Every device attends with its own queries and heads; an axis that the mesh does not divide stays whole.
     whole: so do the queries, whose places tell what they may see.

@@ -195,20 +195,8 @@ def test_previews_are_pictures_that_do_not_depend_on_the_batch(name, context):
     assert np.asarray(pictures[:, :, wide - 16 :]).std() > 5
 
 
-def operations(jaxpr) -> list:
-    """Every equation of a program, inner programs included."""
-    found = []
-    for equation in jaxpr.eqns:
-        found.append(equation)
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                found += operations(inner)
-    return found
-
-
 @pytest.mark.parametrize("name", CONFIGS)
-def test_float32_means_float32_in_every_matrix_product(name, context):
+def test_float32_means_float32_in_every_matrix_product(name, context, operations):
     stage = stage_of(name)
     params = jax.eval_shape(stage.init, jax.random.key(0))
     step = jax.value_and_grad(stage.loss, has_aux=True)

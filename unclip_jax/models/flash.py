@@ -24,7 +24,6 @@ _FROM = 64  # queries: below, logits in HBM cost little
 _MOST = 2048  # queries or keys: more do not fit into the 16 MiB that a kernel has, beside their logits
 _ROWS = 256  # queries whose logits are there at once
 
-
 Mask = Bool[Array, "b #h #q k"] | Int[Array, "b #h #q k"]  # where it is true, or not 0, a key is visible
 
 
@@ -45,7 +44,6 @@ def attend_blocks(
     """Scaled dot-product attention, softmax in float32; rows and heads stay on their devices of the mesh.
 
     mask: true, or not 0, where a key is visible. In int32 it is what the kernel reads.
-
     causal: no query sees a key behind its own place, of which there are as many.
     """
     heads, channels = query.shape[2:]

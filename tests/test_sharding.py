@@ -27,7 +27,7 @@ from unclip_jax.sharding import (
     resolve,
     shard_state,
 )
-from unclip_jax.sharding.compiling import GATHER_WHILE_COMPUTING
+from unclip_jax.sharding.compiling import GATHER_WHILE_COMPUTING, WHOLE_WEIGHTS
 from unclip_jax.types import Batch, TrainState
 
 
@@ -232,7 +232,7 @@ np.testing.assert_allclose(split, apply(params), atol=1e-5)
 # Rows of a table whose channels are split: these are exchanged, and no device has the table or its gradient whole.
 words, ids = np.float32(rng.normal(size=(96, 32))), rng.integers(0, 96, (16, 5))
 weight = np.float32(rng.normal(size=(16, 5, 32)))
-chosen = lambda table, ids, weight: (sharding.lookup("tokens")(table, ids) ** 2 * weight).sum()
+chosen = lambda table, ids, weight: (sharding.lookup("tokens", jnp.float32)(table, ids) ** 2 * weight).sum()
 with on(mesh):
     there = shard_state({"tokens": {"embedding": words}}, mesh)["tokens"]["embedding"]
     assert there.shard_shape(words.shape) == (96, 8)
@@ -243,6 +243,17 @@ assert "all-to-all" in text and "f32[96,32]" not in text
 expected, whole = jax.value_and_grad(lambda table: (table[ids] ** 2 * weight).sum())(words)
 np.testing.assert_allclose(value, expected, rtol=1e-5)
 np.testing.assert_allclose(slope, whole, rtol=1e-5, atol=1e-6)
+
+# They travel in the type of computation, forward and back; what a word's places give is summed in the table's.
+same = jnp.zeros((1024, 5), jnp.int32)
+many = lambda table, ids: sharding.lookup("tokens", jnp.bfloat16)(table, ids).astype(jnp.float32).sum()
+with on(mesh):
+    lowered = jax.jit(jax.value_and_grad(many)).lower(given[0], put_batch(same, mesh))
+    moved = [line for line in lowered.as_text().splitlines() if "stablehlo.all_to_all" in line]
+    assert len(moved) == 2 and all("xbf16>) ->" in line for line in moved), moved
+    slopes = lowered.compile()(given[0], put_batch(same, mesh))[1], jax.grad(many)(words, same)
+for slope in slopes:
+    np.testing.assert_array_equal(slope[0], same.size)  # in bfloat16, 256 + 1 is 256
 
 def plain(image, text, scale, tokens):
     logits = scale * jnp.einsum("iz,tz->it", image, text, precision="highest")
@@ -288,14 +299,16 @@ def test_eight_devices_know_their_mesh_exchange_looked_up_rows_and_share_the_con
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_only_several_tpus_are_asked_to_gather_while_computing(monkeypatch):
+def test_only_several_tpus_are_asked_for_more_than_their_compilers_defaults(monkeypatch):
     monkeypatch.setattr(Placed, "platform", "tpu")
     chips = np.array([Placed(number, 0) for number in range(4)]).reshape(4, 1, 1, 1)
     mesh, one = Mesh(chips, AXES), Mesh(chips[:1], AXES)
     assert compiler_options(make_mesh()) == {} and compiler_options(one) == {}
-    assert set(compiler_options(mesh)) == set(GATHER_WHILE_COMPUTING)  # planned here, compiled for there
+    split = Mesh(chips.reshape(1, 2, 2, 1), AXES)
+    assert compiler_options(mesh) == GATHER_WHILE_COMPUTING | WHOLE_WEIGHTS  # planned here, compiled for there
+    assert compiler_options(split) == GATHER_WHILE_COMPUTING  # whose rows travel, not weights
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    with pytest.warns(UserWarning, match="training without overlapped gathers"):
+    with pytest.warns(UserWarning, match="training without the options for TPUs"):
         assert compiler_options(mesh) == {}  # as if this compiler, which knows no such option, were a TPU's
 
 

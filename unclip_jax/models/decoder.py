@@ -40,11 +40,12 @@ class TextEncoder(nn.Module):
         """States [b n width] and the state of each row's last visible token [b width]."""
         config = self.config
         normal = nn.initializers.normal(0.02)
-        embedded = Embed(self.vocab_size, config.width, embedding_init=normal, name="tokens")(tokens)
+        dtype = dtype_of(config.dtype)
+        embedded = Embed(self.vocab_size, config.width, dtype=dtype, embedding_init=normal, name="tokens")(tokens)
         positions = self.param("positions", normal, (1, self.context_length, config.width), jnp.float32)
-        x = (embedded + positions[:, : tokens.shape[1]]).astype(dtype_of(config.dtype))
+        x = (embedded + positions[:, : tokens.shape[1]]).astype(dtype)
         x = Transformer(config, name="transformer")(x, mask, deterministic=deterministic)
-        states = nn.LayerNorm(epsilon=config.norm_epsilon, dtype=dtype_of(config.dtype), name="norm")(x)
+        states = nn.LayerNorm(epsilon=config.norm_epsilon, dtype=dtype, name="norm")(x)
         last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
         return states, jnp.take_along_axis(states, last[:, None, None], axis=1)[:, 0]
 

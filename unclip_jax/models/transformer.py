@@ -139,7 +139,7 @@ class Embed(nn.Module):
 
     def __call__(self, ids: Int[Array, "b ..."]) -> Float[Array, "b ... d"]:
         """The rows of the table with these numbers."""
-        return lookup(str(self.name))(self.embedding.astype(self.dtype), ids)
+        return lookup(str(self.name), self.dtype)(self.embedding, ids)
 
 
 class Block(nn.Module):

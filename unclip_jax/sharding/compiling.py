@@ -13,6 +13,11 @@ GATHER_WHILE_COMPUTING = {
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
 }
 
+# The partitioner makes a loop of small products of a product with many rows, fetching a piece of the weight in each
+# turn. A layer's weight is small beside its rows: on 8 v6e chips the decoder's step sends half as much without, in a
+# fifth of the steps and in less memory. Not where heads are split: there the rows travel.
+WHOLE_WEIGHTS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
 
 def compiler_options(mesh: Mesh) -> dict[str, str]:
     """Options of `jax.jit` for a training step on this mesh, none but on several TPUs.
@@ -21,15 +26,17 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
     """
     if mesh.size == 1 or mesh.devices.flat[0].platform != "tpu":
         return {}
-    return dict(GATHER_WHILE_COMPUTING) if jax.default_backend() != "tpu" or _known() else {}
+    if jax.default_backend() == "tpu" and not _known():
+        return {}
+    return GATHER_WHILE_COMPUTING | (WHOLE_WEIGHTS if mesh.shape["tensor"] == 1 else {})
 
 
 @cache
 def _known() -> bool:
     """Whether the compiler of this machine's TPUs takes the options."""
     try:
-        jax.jit(lambda: 0.0, compiler_options=GATHER_WHILE_COMPUTING).lower().compile()
+        jax.jit(lambda: 0.0, compiler_options=GATHER_WHILE_COMPUTING | WHOLE_WEIGHTS).lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        warnings.warn(f"training without overlapped gathers, slower: {str(error).splitlines()[0]}", stacklevel=3)
+        warnings.warn(f"training without the options for TPUs, slower: {str(error).splitlines()[0]}", stacklevel=3)
         return False
     return True

@@ -14,8 +14,8 @@ GATHER_WHILE_COMPUTING = {
 }
 
 # The partitioner makes a loop of small products of a product with many rows, fetching a piece of the weight in each
-# turn. A layer's weight is small beside its rows: on 8 v6e chips the decoder's step sends half as much without, in a
-# fifth of the steps and in less memory. Not where heads are split: there the rows travel.
+# turn. A layer's weight is small beside its rows: with 128 pictures on each of 8 v6e chips the decoder's step sends two
+# fifths less without, in 1,200 collectives instead of 11,000. Not where heads are split: there the rows travel.
 WHOLE_WEIGHTS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
